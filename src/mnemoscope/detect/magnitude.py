@@ -1,0 +1,93 @@
+"""Magnitude of the text-conditional prediction: Wen et al., ICLR 2024, *Detecting, Explaining, and Mitigating Memorization*.
+
+d = (1/|S|) Σ_{t∈S} ‖ε_θ(x_t, e_p) − ε_θ(x_t, e_∅)‖₂ over a window S of denoising steps, on the ordinary guided trajectory.
+
+Where the official code and the paper differ, this follows the paper: the norm is taken per image, never over a batch, and
+in ε-space whatever the checkpoint predicts. Subtraction and norm are float32 whatever the model's dtype, because bfloat16
+rounding alone adds a floor of about 0.27 to a 16,384-element norm.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ..errors import CannotAudit, UsageError
+from ..types import Latents, PerSample, Step
+
+
+def magnitude(cond: Latents, uncond: Latents) -> PerSample:
+    """‖ε(x_t, e_p) − ε(x_t, e_∅)‖₂ of each sample, over all its elements (Wen et al. 2024, the detection metric).
+
+    Args:
+        cond: Prediction with the prompt, ``[batch, channel, height, width]``, any float dtype.
+        uncond: Prediction with the empty prompt, same shape.
+
+    Returns:
+        ``[batch]``, float32. Unit: that of ε, summed in quadrature over D elements; see :func:`per_dimension`.
+    """
+    return (cond.float() - uncond.float()).flatten(1).norm(dim=1)
+
+
+def per_dimension(d: Tensor, latent_shape: tuple[int, ...]) -> Tensor:
+    """d / √(D / 16384): what the magnitude would be at Stable Diffusion's 4×64×64, so that latent sizes compare."""
+    size = 1
+    for side in latent_shape:
+        size *= side
+    return d / (size / 16384) ** 0.5
+
+
+class Magnitude:
+    """Mean of :func:`magnitude` over a window of denoising steps, for each sample.
+
+    Args:
+        steps: Number of leading steps in the window (1: the first step alone), or a half-open window ``(start, stop)``.
+
+    Feed it steps with :meth:`update`; ask for :meth:`compute` (``[batch]``) or :meth:`per_step` (``[batch, steps seen]``).
+    Every step from 0 on is kept, so any other window is a slice of ``per_step``. Nothing leaves the device before the caller
+    asks.
+    """
+
+    name = "magnitude"
+    needs = frozenset({"uncond"})
+    higher_is_more_memorized = True
+
+    def __init__(self, steps: int | tuple[int, int] = 1):
+        window = (0, steps) if isinstance(steps, int) else (int(steps[0]), int(steps[1]))
+        if not 0 <= window[0] < window[1]:
+            raise UsageError(f"magnitude: steps={steps!r} is an empty window; use 1 for the first step, or (start, stop).")
+        self.window = window
+        self.space: str | None = None
+        self._seen: list[Tensor] = []
+
+    @property
+    def steps_needed(self) -> int:
+        """How many steps of a trajectory must be run."""
+        return self.window[1]
+
+    def update(self, step: Step) -> None:
+        """Take one step. Steps must come in order from index 0."""
+        if step.uncond is None:
+            raise CannotAudit(
+                "magnitude compares the prediction with and without the prompt, and this run makes no prediction without: "
+                "set guidance above 1, and use a model that takes text."
+            )
+        if step.index != len(self._seen):
+            raise UsageError(f"magnitude was shown step {step.index} after {len(self._seen)} steps; start from step 0.")
+        self.space = step.space
+        if step.index < self.window[1]:
+            self._seen.append(magnitude(step.cond, step.uncond))
+
+    def per_step(self) -> Float[Tensor, "batch step"]:
+        """The magnitude at every step seen so far."""
+        if not self._seen:
+            raise UsageError("magnitude has seen no step: the pipeline ran outside `with watch(pipe)`, or denoise was not iterated.")
+        return torch.stack(self._seen, dim=1)
+
+    def compute(self) -> PerSample:
+        """Mean over the window; the steps of the window that were run."""
+        inside = self.per_step()[:, self.window[0] :]
+        if inside.shape[1] == 0:
+            raise UsageError(f"magnitude: window {self.window} starts after the {len(self._seen)} steps that were run.")
+        return inside.mean(dim=1)

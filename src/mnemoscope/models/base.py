@@ -1,0 +1,151 @@
+"""What a model under audit promises: Target, Condition, Schedule."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ..types import Latents, Space
+
+
+@dataclass(frozen=True)
+class Condition:
+    """Encoded prompts. Methods touch ``tokens`` only; ``extra`` is whatever else a family needs.
+
+    Attributes:
+        tokens: Text embeddings at the encoder's output, ``[batch, token, dim]``.
+        extra: Further per-sample tensors (pooled text, size ids), first axis = batch.
+    """
+
+    tokens: Float[Tensor, "batch token dim"]
+    extra: dict[str, Tensor] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return self.tokens.shape[0]
+
+    def select(self, index: Tensor) -> Condition:
+        """Rows ``index`` (a 1-d integer tensor), in that order; rows may repeat."""
+        index = index.to(self.tokens.device)
+        return replace(self, tokens=self.tokens[index], extra={k: v[index] for k, v in self.extra.items()})
+
+    def expand(self, n: int) -> Condition:
+        """One encoded prompt as a batch of ``n``."""
+        return self.select(torch.zeros(n, dtype=torch.long))
+
+    @staticmethod
+    def cat(parts: Sequence[Condition]) -> Condition:
+        """Batches one after the other."""
+        first = parts[0]
+        extra = {k: torch.cat([p.extra[k] for p in parts]) for k in first.extra}
+        return replace(first, tokens=torch.cat([p.tokens for p in parts]), extra=extra)
+
+
+@runtime_checkable
+class Schedule(Protocol):
+    """One sampler run: its own timesteps and its own state, so that two runs on one target never meet."""
+
+    timesteps: Tensor
+
+    def start(self, noise: Latents) -> Latents:
+        """x_T from unit-variance noise."""
+        ...
+
+    def scale(self, x: Latents, t: Tensor) -> Latents:
+        """What the denoiser is shown at time ``t`` when the state is ``x``."""
+        ...
+
+    def step(self, output: Latents, t: Tensor, x: Latents) -> Latents:
+        """The next state, from the denoiser's *raw* (already guided) output."""
+        ...
+
+
+@runtime_checkable
+class Target(Protocol):
+    """A model under audit.
+
+    ``output`` is the denoiser's raw answer in its own dtype and parameterisation (ε, v, x₀, u); ``to_space`` turns it into
+    ``space`` in float32. Both are differentiable in ``x`` and in ``cond.tokens``. Weights are frozen.
+    """
+
+    name: str
+    space: Space
+    has_text: bool
+    guidance: float
+    """The guidance scale this model is meant to be used with."""
+    latent_shape: tuple[int, int, int]
+    device: torch.device
+    dtype: torch.dtype
+    forwards: int
+    """Denoiser forwards of one latent so far (F); ``output`` adds its batch size."""
+
+    def identity(self) -> dict[str, Any]:
+        """Plain values that say which model this is: weight hashes, adapters, scheduler config, dtype, resolution."""
+        ...
+
+    def encode(self, prompts: list[str]) -> Condition:
+        """Encode prompts; the empty string gives the null condition. Raises CannotAudit on a model without text."""
+        ...
+
+    def tokens(self, prompt: str) -> list[str]:
+        """The prompt's tokens as the encoder sees them, without start, end and padding."""
+        ...
+
+    def dropped(self, prompt: str) -> int:
+        """How many tokens of the prompt the encoder cannot see because the prompt is too long (0: none)."""
+        ...
+
+    def noise(self, seeds: Sequence[int], base: int = 0) -> Latents:
+        """Unit-variance starting noise; row j depends on (base, seeds[j]) alone."""
+        ...
+
+    def schedule(self, steps: int) -> Schedule:
+        """A fresh sampler run of that many steps."""
+        ...
+
+    def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Signal and noise scale of x_t = α x₀ + σ ε at times ``t``, same shape as ``t``, float32."""
+        ...
+
+    def output(self, x: Latents, t: Tensor, cond: Condition | None) -> Latents:
+        """The denoiser's raw output at times ``t`` (a scalar, or one per sample)."""
+        ...
+
+    def to_space(self, output: Latents, x: Latents, t: Tensor) -> Latents:
+        """The raw output as a prediction in ``space``, float32."""
+        ...
+
+    def predict(self, x: Latents, t: Tensor, cond: Condition | None) -> Latents:
+        """``to_space(output(x, t, cond), x, t)``."""
+        ...
+
+    def encode_images(self, images: Float[Tensor, "batch 3 height width"]) -> Latents:
+        """x₀ of pictures in [0, 1]: the latents the diffusion model is trained on (the mean, no draw)."""
+        ...
+
+    def decode(self, x: Latents) -> Float[Tensor, "batch 3 height width"]:
+        """Pictures in [0, 1], float32, on the CPU."""
+        ...
+
+
+def noise_from_seeds(seeds: Sequence[int], base: int, shape: tuple[int, ...]) -> Tensor:
+    """Standard normal noise, float32 on the CPU; row j depends on (base, seeds[j]) alone.
+
+    Returns ``[len(seeds), *shape]``. Base and seed are mixed by hashing, so that (0, 1) and (1, 0) differ and no global seed
+    is ever set. Base 0 is the plain ``torch.Generator().manual_seed(seed)`` that diffusers users write themselves.
+    """
+    rows = [torch.randn(shape, generator=torch.Generator("cpu").manual_seed(mix(base, s))) for s in seeds]
+    return torch.stack(rows) if rows else torch.empty((0, *shape))
+
+
+def mix(base: int, seed: int) -> int:
+    """One 63-bit seed from two; ``mix(0, s) == s``."""
+    if base == 0:
+        return seed
+    import hashlib
+
+    return int.from_bytes(hashlib.sha256(f"{base}/{seed}".encode()).digest()[:8], "big") >> 1

@@ -1,0 +1,119 @@
+"""What a run leaves on disk: one manifest, one row per prompt and seed, one thresholds file.
+
+Everything here is plain data (pydantic models); no torch. Unknown keys are errors, so that a typo in a hand-edited file is
+seen. ``format`` changes only when old readers would misread a file.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+FORMAT = 1
+
+
+class Record(BaseModel):
+    """Base of everything stored: strict about keys, so that nothing is silently lost."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+class Nearest(Record):
+    """The reference picture nearest to a generated one."""
+
+    reference: str
+    """Id of the reference picture."""
+    similarity: float
+    """Similarity under ``descriptor``; its scale belongs to the descriptor."""
+    descriptor: str
+    threshold: float | None = None
+    """Similarity from which the descriptor's null distribution calls two pictures copies; None: not calibrated."""
+    copy_found: bool | None = None
+    """similarity ≥ threshold; None: not calibrated."""
+    file: str | None = None
+    """The reference picture inside the run folder, if it was kept."""
+
+
+class Score(Record):
+    """One detector's answer for one prompt and seed."""
+
+    value: float
+    """Mean over the detector's step window."""
+    space: str
+    """Space of the predictions that were compared; scores never cross spaces."""
+    per_step: list[float] = Field(default_factory=list)
+    """The value at each step that was run, index 0 first; every window is a slice of it."""
+
+
+class Row(Record):
+    """One sample: a prompt with one seed. Appended to ``samples.jsonl`` the moment it is known."""
+
+    id: str
+    """Hash of prompt, seed and every setting that matters; independent of order, batch size and machine."""
+    prompt_id: str
+    """The prompt's id in its source, or a hash of the prompt."""
+    prompt: str
+    seed: int
+    status: Literal["ok", "error"]
+    group: str | None = None
+    """Label from the prompt source, if it has one (for instance ``planted`` or ``ordinary``)."""
+    label: bool | None = None
+    """Known ground truth: the prompt is known to be memorized; None: unknown."""
+    scores: dict[str, Score] = Field(default_factory=dict)
+    forwards: int = 0
+    """Denoiser forwards spent on this row (its share of what the batch shares)."""
+    tokens_dropped: int = 0
+    """Tokens beyond the encoder's limit, which the model never saw."""
+    image: str | None = None
+    nearest: Nearest | None = None
+    seconds: float | None = None
+    error: str | None = None
+    """For status ``error``: type and message."""
+    note: str | None = None
+    """Anything a reader of the row must know (for instance that the prompt was truncated)."""
+
+
+class Manifest(Record):
+    """``run.json``: what was asked, resolved, and how it went."""
+
+    format: int = FORMAT
+    kind: Literal["audit", "check", "demo", "calibrate"] = "audit"
+    status: Literal["running", "done", "incomplete", "interrupted"] = "running"
+    command: str = ""
+    """The command that repeats this run."""
+    config: dict[str, Any] = Field(default_factory=dict)
+    """The resolved configuration."""
+    target: dict[str, Any] = Field(default_factory=dict)
+    """Identity of the model: weight hashes, adapters, scheduler, dtype, resolution."""
+    versions: dict[str, str] = Field(default_factory=dict)
+    machine: dict[str, Any] = Field(default_factory=dict)
+    """Device, dtype and why, threads, batch size that was used."""
+    started: str = ""
+    ended: str | None = None
+    asked: int = 0
+    """Rows the run is meant to have."""
+    forwards: int = 0
+    """Denoiser forwards in all, shared work included."""
+    notes: list[str] = Field(default_factory=list)
+    """What was not tested, and why."""
+
+
+class Thresholds(Record):
+    """``thresholds.json``: scores of ordinary prompts of one model under one setting, and what follows from them."""
+
+    format: int = FORMAT
+    detector: str
+    setting: dict[str, Any]
+    """Everything the scores depend on: target identity, dtype, resolution, guidance, scheduler, steps, window, n seeds."""
+    scores: list[float]
+    """Sorted scores of the ordinary prompts, one per prompt (mean over n seeds and the window)."""
+    fpr: float
+    """The stated false-positive rate of ``threshold``."""
+    threshold: float
+    """A prompt is above threshold iff its score is strictly greater."""
+    interval: tuple[float, float]
+    """Interval of the threshold itself (order statistics), at ``confidence``."""
+    confidence: float = 0.95
+    source: str = ""
+    """Where the ordinary prompts come from, in words."""

@@ -1,0 +1,42 @@
+"""Shapes, and the record of one denoising step that rooms exchange."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+from jaxtyping import Float
+from torch import Tensor
+
+Latents: TypeAlias = Float[Tensor, "batch channel height width"]
+"""What the denoiser sees: latents, or pixels in [-1, 1] for a pixel model."""
+
+PerSample: TypeAlias = Float[Tensor, " batch"]
+"""One number for each sample of a batch."""
+
+Space = Literal["eps", "velocity"]
+"""In which space predictions are compared: noise ε, or a rectified flow's velocity u = ε − x₀ (design: scores never
+cross spaces, because Δε = (1 − t)·Δu vanishes where a flow starts sampling)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One denoising step, seen from outside the model.
+
+    Attributes:
+        index: Position in the sampler's schedule; 0 is the first step, on pure noise.
+        t: The model's own time at this step (a training timestep for DDPM-type models, in [0, 1] for flows).
+        x: The state before the step, ``[batch, channel, height, width]``.
+        cond: Prediction with the prompt, in ``space``, float32, same shape as ``x``. For a model without text, the only one.
+        uncond: Prediction with the empty prompt, or None where the model has no text or makes no second prediction.
+        x_next: The state after the step; None where it is not known yet (a watched pipeline's last step).
+        space: Space of ``cond`` and ``uncond``.
+    """
+
+    index: int
+    t: float
+    x: Latents
+    cond: Latents
+    uncond: Latents | None
+    x_next: Latents | None
+    space: Space = "eps"
