@@ -1,1 +1,80 @@
-"""TODO."""
+"""mnemoscope shows what image diffusion models have memorized.
+
+    target = mnemoscope.load("demo")
+    mnemoscope.check(target, "a prompt")
+
+Public names are loaded when first used, so that reading a run or printing help never imports torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "AuditConfig": "audit.config",
+    "Calibration": "detect.calibrate",
+    "Condition": "models.base",
+    "Gaussian": "models.gaussian",
+    "Magnitude": "detect.magnitude",
+    "MnemoscopeError": "errors",
+    "Mixture": "models.gaussian",
+    "Pixels": "similarity.pixels",
+    "ReferenceSet": "similarity.pixels",
+    "Run": "records.store",
+    "Step": "types",
+    "Target": "models.base",
+    "World": "demo.world",
+    "calibrate": "audit.run",
+    "check": "audit.check",
+    "denoise": "models.sampling",
+    "load": "models.load",
+    "magnitude": "detect.magnitude",
+    "null_output": "models.sampling",
+    "run_audit": "audit.run:audit",
+    "summarize": "report.summary",
+    "watch": "models.watch",
+    "write_report": "report.html",
+}
+
+if TYPE_CHECKING:
+    from .audit.check import check as check
+    from .audit.config import AuditConfig as AuditConfig
+    from .audit.run import audit as run_audit
+    from .audit.run import calibrate as calibrate
+    from .demo.world import World as World
+    from .detect.calibrate import Calibration as Calibration
+    from .detect.magnitude import Magnitude as Magnitude
+    from .detect.magnitude import magnitude as magnitude
+    from .errors import MnemoscopeError as MnemoscopeError
+    from .models.base import Condition as Condition
+    from .models.base import Target as Target
+    from .models.gaussian import Gaussian as Gaussian
+    from .models.gaussian import Mixture as Mixture
+    from .models.load import load as load
+    from .models.sampling import denoise as denoise
+    from .models.sampling import null_output as null_output
+    from .models.watch import watch as watch
+    from .records.store import Run as Run
+    from .report.html import write_report as write_report
+    from .report.summary import summarize as summarize
+    from .similarity.pixels import Pixels as Pixels
+    from .similarity.pixels import ReferenceSet as ReferenceSet
+    from .types import Step as Step
+
+__all__ = sorted([*_HOME, "__version__"])
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'mnemoscope' has no attribute {name!r}; it has: {', '.join(__all__)}.")
+    module, _, attribute = _HOME[name].partition(":")
+    value = getattr(import_module(f".{module}", __name__), attribute or name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

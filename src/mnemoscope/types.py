@@ -26,10 +26,12 @@ class Step:
     Attributes:
         index: Position in the sampler's schedule; 0 is the first step, on pure noise.
         t: The model's own time at this step (a training timestep for DDPM-type models, in [0, 1] for flows).
-        x: The state before the step, ``[batch, channel, height, width]``.
+        x: What the denoiser is shown, x_t = α_t x₀ + σ_t ε, ``[batch, channel, height, width]``. (Samplers that work in
+            σ-space keep their state in another scale; it does not leave them.)
         cond: Prediction with the prompt, in ``space``, float32, same shape as ``x``. For a model without text, the only one.
         uncond: Prediction with the empty prompt, or None where the model has no text or makes no second prediction.
-        x_next: The state after the step; None where it is not known yet (a watched pipeline's last step).
+        x_next: What the denoiser will be shown next; after the last step the sample x₀. None where it is not known yet (the
+            step just seen by a watched pipeline).
         space: Space of ``cond`` and ``uncond``.
     """
 

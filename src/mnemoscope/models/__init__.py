@@ -1,1 +1,5 @@
-"""TODO."""
+"""WHO is audited: targets, their conditions and samplers, and the one denoising loop.
+
+Import from the modules (``models.load.load``, ``models.watch.watch``, ``models.sampling.denoise``): nothing is imported here, so
+that the closed-form models of ``models.gaussian`` open without diffusers.
+"""

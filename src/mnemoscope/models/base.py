@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from ..types import Latents, Space
@@ -37,9 +38,16 @@ class Condition:
         """One encoded prompt as a batch of ``n``."""
         return self.select(torch.zeros(n, dtype=torch.long))
 
+    def same_as(self, one: Condition) -> Bool[Tensor, " batch"]:
+        """Which rows equal the single row ``one`` bit for bit. Stays on the device."""
+        same = (self.tokens == one.tokens).flatten(1).all(1)
+        for key, value in self.extra.items():
+            same = same & (value == one.extra[key]).flatten(1).all(1)
+        return same
+
     @staticmethod
     def cat(parts: Sequence[Condition]) -> Condition:
-        """Batches one after the other."""
+        """Batches one after the other; at least one."""
         first = parts[0]
         extra = {k: torch.cat([p.extra[k] for p in parts]) for k in first.extra}
         return replace(first, tokens=torch.cat([p.tokens for p in parts]), extra=extra)
@@ -108,7 +116,7 @@ class Target(Protocol):
         ...
 
     def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """Signal and noise scale of x_t = α x₀ + σ ε at times ``t``, same shape as ``t``, float32."""
+        """Signal and noise scale of x_t = α x₀ + σ ε (what ``output`` is shown) at times ``t``, same shape as ``t``, float32."""
         ...
 
     def output(self, x: Latents, t: Tensor, cond: Condition | None) -> Latents:
@@ -116,7 +124,7 @@ class Target(Protocol):
         ...
 
     def to_space(self, output: Latents, x: Latents, t: Tensor) -> Latents:
-        """The raw output as a prediction in ``space``, float32."""
+        """The raw output as a prediction in ``space``, float32; ``x`` is what ``output`` was shown."""
         ...
 
     def predict(self, x: Latents, t: Tensor, cond: Condition | None) -> Latents:
@@ -146,6 +154,4 @@ def mix(base: int, seed: int) -> int:
     """One 63-bit seed from two; ``mix(0, s) == s``."""
     if base == 0:
         return seed
-    import hashlib
-
     return int.from_bytes(hashlib.sha256(f"{base}/{seed}".encode()).digest()[:8], "big") >> 1

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
+from jaxtyping import Bool
+from torch import Tensor
 
 from ..errors import CannotAudit, ModelFault
 from ..types import Latents, Step
@@ -40,12 +42,13 @@ def denoise(
         target: The model.
         noise: Unit-variance starting noise, ``[batch, channel, height, width]``.
         cond: One encoded prompt per sample; None for a model without text.
-        null: The encoded empty prompt, one row (expanded here). Without it no second prediction is made.
+        null: The encoded empty prompt, one row (expanded here). Without it no second prediction is made and ``cond`` alone
+            drives.
         steps: Length of the sampler's schedule.
         guidance: ε̂ = ε_∅ + g·(ε_c − ε_∅); default is the target's own.
         first_null: Raw null predictions at the first step, one per sample, from :func:`null_output`; saves batch forwards.
         check: Stop with :class:`ModelFault` at the first prediction that is not finite. This costs a device sync per step,
-            so by default it is on for CPU models only; detectors name the step of a NaN after their single sync anyway.
+            so by default it is on for CPU models only; elsewhere NaN travels into the scores, whose columns name the step.
 
     Yields:
         :class:`Step` for each index, in order; the caller stops when it has seen enough. Step k costs 2·batch forwards with
@@ -53,38 +56,73 @@ def denoise(
         when it is asked for, and ``x_next`` costs no forward.
 
     Raises:
-        CannotAudit: guidance is 1 or less while a null prediction was asked for, or the batch sizes disagree.
+        CannotAudit: guidance is 1 or less while a null prediction was asked for, or the batch sizes disagree. Raised at the
+            call, before any step is asked for.
     """
     g = target.guidance if guidance is None else guidance
     check = target.device.type == "cpu" if check is None else check
     n = len(noise)
-    if cond is not None and len(cond) != n:
-        raise CannotAudit(f"{len(cond)} prompts for {n} noises: give one encoded prompt per noise (Condition.expand).")
-    if null is not None and g <= 1:
+    for what, rows in (("prompts", cond), ("null predictions", first_null)):
+        if rows is not None and len(rows) != n:
+            raise CannotAudit(f"{len(rows)} {what} for {n} noises: give one per noise (Condition.expand, or index the bank).")
+    if null is not None and not g > 1:
         raise CannotAudit(f"Guidance is off ({g:g}), so there is nothing to compare; set guidance above 1, for instance 7.5.")
+    return _steps(target, noise, cond, None if cond is None else null, steps, g, first_null, check)
+
+
+def _steps(
+    target: Target,
+    noise: Latents,
+    cond: Condition | None,
+    null: Condition | None,
+    steps: int,
+    g: float,
+    first_null: Latents | None,
+    check: bool,
+) -> Iterator[Step]:
     plan = target.schedule(steps)
-    x = plan.start(noise)
-    pair = None if null is None or cond is None else Condition.cat([null.expand(n), cond])
+    pair = empty = None
+    if cond is not None and null is not None:
+        pair, empty = Condition.cat([null.expand(len(noise)), cond]), cond.same_as(null)
+    with torch.no_grad():
+        x = plan.start(noise)
+        seen = plan.scale(x, plan.timesteps[0])
     for i, t in enumerate(plan.timesteps):
         # Gradients are closed before the yield, so that the caller keeps its own grad mode.
         with torch.no_grad():
-            seen = plan.scale(x, t)
-            if pair is None:
-                out_c, out_u, guided = (o := target.output(seen, t, cond)), None, o
+            if pair is None or empty is None:
+                out_u, out_c = None, target.output(seen, t, cond)
+                guided = out_c
             else:
                 if i == 0 and first_null is not None:
                     out_u, out_c = first_null, target.output(seen, t, cond)
                 else:
                     out_u, out_c = target.output(torch.cat([seen, seen]), t, pair).chunk(2)
+                out_c = same_where(empty, out_u, out_c)
                 guided = out_u + g * (out_c - out_u)
-            c = target.to_space(out_c, x, t)
-            u = None if out_u is None else target.to_space(out_u, x, t)
-            if check and not bool(torch.isfinite(guided).all()):
-                bad = (~torch.isfinite(guided).flatten(1).all(1)).nonzero().flatten().tolist()
-                raise ModelFault(
-                    f"{target.name} predicted NaN or infinity at step {i} (t = {float(t):g}) for sample {bad[0]} of the batch; "
-                    f"load it in float32 or bfloat16, or check the checkpoint."
-                )
-            x_next = plan.step(guided, t, x)
-        yield Step(i, float(t), x, c, u, x_next, target.space)
-        x = x_next
+            if check:
+                _require_finite(guided, target.name, i, t)
+            c = target.to_space(out_c, seen, t)
+            u = None if out_u is None else target.to_space(out_u, seen, t)
+            x = plan.step(guided, t, x)
+            x_next = plan.scale(x, plan.timesteps[i + 1]) if i + 1 < len(plan.timesteps) else x
+        yield Step(i, float(t), seen, c, u, x_next, target.space)
+        seen = x_next
+
+
+def same_where(empty: Bool[Tensor, " batch"], uncond: Latents, cond: Latents) -> Latents:
+    """``cond``, with the null prediction itself in the rows whose prompt *is* the null prompt.
+
+    Both are the same function of the same input, yet rows of one batch are not computed bit for bit alike; an empty prompt
+    must score exactly 0. No device sync.
+    """
+    return torch.where(empty[:, None, None, None], uncond, cond)
+
+
+def _require_finite(guided: Tensor, name: str, index: int, t: Tensor) -> None:
+    bad = ~torch.isfinite(guided).flatten(1).all(1)
+    if bool(bad.any()):
+        raise ModelFault(
+            f"{name} predicted NaN or infinity at step {index} (t = {float(t):g}) for sample {int(bad.nonzero()[0])} of the batch; "
+            f"load it in float32 or bfloat16, or check the checkpoint."
+        )

@@ -22,6 +22,9 @@ class Record(BaseModel):
 class Nearest(Record):
     """The reference picture nearest to a generated one."""
 
+    # JSON has no NaN: a value that is not finite must become an error row before it gets here.
+    model_config = ConfigDict(allow_inf_nan=False, from_attributes=True)
+
     reference: str
     """Id of the reference picture."""
     similarity: float
@@ -37,6 +40,8 @@ class Nearest(Record):
 
 class Score(Record):
     """One detector's answer for one prompt and seed."""
+
+    model_config = ConfigDict(allow_inf_nan=False)
 
     value: float
     """Mean over the detector's step window."""
@@ -84,6 +89,8 @@ class Manifest(Record):
     """The command that repeats this run."""
     config: dict[str, Any] = Field(default_factory=dict)
     """The resolved configuration."""
+    setting: dict[str, Any] = Field(default_factory=dict)
+    """The part of it that every score depends on; sample ids are hashes of it, the prompt and the seed."""
     target: dict[str, Any] = Field(default_factory=dict)
     """Identity of the model: weight hashes, adapters, scheduler, dtype, resolution."""
     versions: dict[str, str] = Field(default_factory=dict)
@@ -97,10 +104,14 @@ class Manifest(Record):
     """Denoiser forwards in all, shared work included."""
     notes: list[str] = Field(default_factory=list)
     """What was not tested, and why."""
+    doses: dict[str, int] = Field(default_factory=dict)
+    """How often a picture of each group was in training, where that is known (the bundled world)."""
 
 
 class Thresholds(Record):
     """``thresholds.json``: scores of ordinary prompts of one model under one setting, and what follows from them."""
+
+    model_config = ConfigDict(allow_inf_nan=False)
 
     format: int = FORMAT
     detector: str
@@ -112,8 +123,8 @@ class Thresholds(Record):
     """The stated false-positive rate of ``threshold``."""
     threshold: float
     """A prompt is above threshold iff its score is strictly greater."""
-    interval: tuple[float, float]
-    """Interval of the threshold itself (order statistics), at ``confidence``."""
+    interval: tuple[float | None, float | None]
+    """Interval of the threshold itself (order statistics), at ``confidence``; None: too few scores for that bound."""
     confidence: float = 0.95
     source: str = ""
     """Where the ordinary prompts come from, in words."""

@@ -1,1 +1,1 @@
-"""TODO."""
+"""Is the output a copy? Descriptors and reference sets."""

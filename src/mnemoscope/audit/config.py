@@ -1,0 +1,314 @@
+"""What an audit is asked to do: one frozen object that YAML, the command line and keyword arguments all fill.
+
+Defaults are written here and nowhere else. The docstring under a setting is its help text everywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from ..errors import UnknownName, UsageError
+from ..records.store import digest
+from .prompts import Columns, Prompt, PromptSet, read_prompts
+
+__all__ = ["AuditConfig", "DetectorSpec", "Plan", "PromptSource"]
+
+
+def _setting(default: Any, allowed: str, **limits: Any) -> Any:
+    """A field with the words that say what it may be."""
+    return Field(default, json_schema_extra={"allowed": allowed}, **limits)
+
+
+class _Settings(BaseModel):
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        use_attribute_docstrings=True,
+        populate_by_name=True,
+        allow_inf_nan=False,
+        protected_namespaces=(),
+    )
+
+
+class PromptSource(_Settings):
+    """Where prompts come from: a file with its columns, or a list."""
+
+    path: str | None = _setting(None, "the path of a prompt file")
+    """A TXT, JSONL, JSON, CSV, TSV or Parquet file."""
+    items: list[Any] | None = _setting(None, "a list of prompts")
+    """The prompts themselves: texts, or mappings with the columns below."""
+    column: str | None = _setting(None, "the name of a column")
+    """Column of the prompt; by default ``prompt``, ``caption`` or ``text``."""
+    id_column: str | None = _setting(None, "the name of a column")
+    """Column of the prompt's id; by default ``id`` where there is one."""
+    group_column: str | None = _setting(None, "the name of a column")
+    """Column of the prompt's group; by default ``group`` where there is one."""
+    label_column: str | None = _setting(None, "the name of a column")
+    """Column of the known ground truth (true: memorized); by default ``label`` where it holds yes and no."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short_form(cls, value: Any) -> Any:
+        if isinstance(value, (str, Path)):
+            return {"path": str(value)}
+        if isinstance(value, PromptSet):
+            return {"items": list(value.prompts)}
+        return {"items": list(value)} if isinstance(value, (list, tuple)) else value
+
+    def read(self, limit: int | None = None) -> PromptSet:
+        """Read the prompts; see :func:`mnemoscope.audit.prompts.read_prompts`."""
+        source: str | list[Any] | None = self.path if self.items is None else self.items
+        if source is None or (self.path is not None and self.items is not None):
+            raise UsageError("prompts needs either a path or a list of items; give one of them.")
+        return read_prompts(source, Columns(self.column, self.id_column, self.group_column, self.label_column), limit=limit)
+
+    def stored(self) -> dict[str, Any]:
+        """As plain values for the manifest: a list is too long to keep twice, so its length and hash stand for it."""
+        plain = self.model_dump(exclude={"items"}, exclude_none=True)
+        if self.items is not None:
+            texts = [i.text if isinstance(i, Prompt) else i for i in self.items]
+            plain |= {"items": len(texts), "sha256": digest([t if isinstance(t, str) else str(t) for t in texts])}
+        return plain
+
+
+class DetectorSpec(_Settings):
+    """One detector: its name, its options, and the name under which its scores are stored."""
+
+    name: str
+    """An installed detector (``mnemoscope ls detectors``)."""
+    options: dict[str, Any] = _setting({}, "a mapping of options")
+    """Arguments of the detector; ``{name: magnitude, steps: 10}`` is short for ``options: {steps: 10}``."""
+    alias: str | None = _setting(None, "a name", alias="as")
+    """Name of the score in the rows; by default the detector's."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short_form(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            return {"name": value}
+        if not isinstance(value, Mapping):
+            return value
+        own = {k: v for k, v in value.items() if k in ("name", "options", "as", "alias")}
+        options = own.get("options", {})
+        loose = {k: v for k, v in value.items() if k not in own}
+        return own | {"options": {**options, **loose}} if isinstance(options, Mapping) else own
+
+    @property
+    def label(self) -> str:
+        """Name of the score in the rows."""
+        return self.alias or self.name
+
+
+class AuditConfig(_Settings):
+    """An audit: which model, which prompts, which detectors, how many seeds.
+
+    Raises:
+        UnknownName: a setting that does not exist, with the nearest that does.
+        UsageError: a value that is not allowed; the message names the setting, the value and what is allowed.
+    """
+
+    model: str | None = _setting(None, "a model id or a folder")
+    """Hub id, local folder or single-file checkpoint of the model; not needed where a loaded target is handed in."""
+    model_options: dict[str, Any] = _setting({}, "a mapping of options for loading the model")
+    """Handed to the loader (revision, variant, a fine-tuned UNet, …)."""
+    prompts: PromptSource | None = _setting(None, "a file, a list of prompts, or a mapping with a path and columns")
+    """The prompts to audit; not needed for a model without text."""
+    detectors: list[DetectorSpec] = _setting([DetectorSpec(name="magnitude")], "a list of detector names, or mappings with a name")
+    """Detectors; all of them watch one and the same trajectory."""
+    seeds: int = _setting(4, "a whole number of 1 or more", ge=1)
+    """Generations per prompt, with seeds 0 … n - 1; the first seeds of a larger audit are those of a smaller one."""
+    base_seed: int = _setting(0, "a whole number of 0 or more", ge=0)
+    """Another base gives other starting noises."""
+    seed_mode: Literal["shared", "per-prompt"] = _setting("shared", "'shared' or 'per-prompt'")
+    """shared: all prompts start from one bank of noises, which halves the work of the first step; per-prompt: from their own."""
+    guidance: float | None = _setting(None, "a number above 0", gt=0)
+    """Classifier-free guidance scale; by default the model's own."""
+    steps: int = _setting(50, "a whole number from 1 to 1000", ge=1, le=1000)
+    """Length of the sampler's schedule (not how many of its steps are run: that is what the detectors need)."""
+    batch_size: Literal["auto"] | int = _setting("auto", "'auto' or a whole number of 1 or more")
+    """Samples per batch; auto starts high and halves when memory runs out."""
+    images: bool = _setting(False, "true or false")
+    """Run whole trajectories and keep the pictures."""
+    reference: str | None = _setting(None, "the path of a reference set")
+    """Reference pictures in which the nearest to each generated one is looked up; needs images."""
+    calibration: str | None = _setting(None, "the path of a thresholds.json")
+    """Scores of ordinary prompts of the same model, made by ``mnemoscope calibrate``."""
+    out: str | None = _setting(None, "the path of a folder")
+    """The run folder; by default one under ``runs/`` named after the model and the settings."""
+    dtype: Literal["float32", "float16", "bfloat16"] | None = _setting(None, "'float32', 'float16' or 'bfloat16'")
+    """Precision of the model; by default chosen by the device."""
+    device: str | None = _setting(None, "a device such as cpu, cuda or cuda:1")
+    """Where the model runs; by default a GPU if there is one."""
+    max_errors: int | float = _setting(20, "a count such as 20, or a share below 1 such as 0.05")
+    """Stop as soon as more samples than this have failed."""
+    limit: int | None = _setting(None, "a whole number of 1 or more", ge=1)
+    """Only the first so many prompts: for trying things out."""
+    shard: str | None = _setting(None, "k/m with 0 ≤ k < m such as 0/4, or 'env'")
+    """Do share k of m; env takes k and m from RANK and WORLD_SIZE, as launchers set them."""
+    notes: list[str] = _setting([], "a list of sentences")
+    """Anything a reader of the run should know."""
+
+    def __init__(self, **settings: Any):
+        try:
+            super().__init__(**settings)
+        except ValidationError as e:
+            raise _sentence(e) from None
+
+    @field_validator("detectors", mode="before")
+    @classmethod
+    def _one_name(cls, value: Any) -> Any:
+        return [value] if isinstance(value, (str, Mapping)) else value
+
+    @field_validator("batch_size")
+    @classmethod
+    def _positive(cls, value: int | str) -> int | str:
+        if isinstance(value, int) and value < 1:
+            raise ValueError("too small")
+        return value
+
+    @field_validator("max_errors")
+    @classmethod
+    def _count_or_share(cls, value: int | float) -> int | float:
+        if value < 0 or (isinstance(value, float) and value >= 1):
+            raise ValueError("neither a count nor a share")
+        return value
+
+    @field_validator("detectors")
+    @classmethod
+    def _names_differ(cls, value: list[DetectorSpec]) -> list[DetectorSpec]:
+        names = [spec.label for spec in value]
+        if repeated := [n for n in names if names.count(n) > 1]:
+            raise UsageError(f"two detectors store their scores as {repeated[0]!r}; give one of them another name with `as`.")
+        if not value:
+            raise ValueError("empty")
+        return value
+
+    @classmethod
+    def from_yaml(cls, path: str | Path, **overrides: Any) -> AuditConfig:
+        """Read a YAML file; keyword arguments win over it, and None means not given."""
+        try:
+            content = yaml.safe_load(Path(path).read_bytes()) or {}
+        except OSError as e:
+            raise UsageError(f"config file {path} cannot be read ({e.strerror or e}); name a YAML file.") from None
+        except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as e:
+            raise UsageError(f"config file {path} is not YAML ({' '.join(str(e).split())}).") from None
+        if not isinstance(content, dict):
+            raise UsageError(f"config file {path} holds {type(content).__name__}; write settings as `name: value`, one per line.")
+        return cls(**_merged(content, overrides))
+
+    def stored(self) -> dict[str, Any]:
+        """The configuration as plain values, for the manifest."""
+        plain = self.model_dump(mode="json", by_alias=True, exclude={"prompts"})
+        return plain | {"prompts": None if self.prompts is None else self.prompts.stored()}
+
+    def error_budget(self, asked: int) -> int:
+        """How many of ``asked`` samples may fail before the run stops."""
+        return self.max_errors if isinstance(self.max_errors, int) else int(self.max_errors * asked)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What an audit will cost, before it starts.
+
+    Attributes:
+        prompts, seeds: The prompts and the seeds of each.
+        samples: Rows that the run will have.
+        forwards: Denoiser forwards of one latent (F), exactly, unless something fails or is finished already.
+        pictures: Pictures that will be decoded.
+        bytes: Disk, roughly.
+        seconds: Time, from a measured time per forward; None: not measured.
+    """
+
+    prompts: int
+    seeds: int
+    samples: int
+    forwards: int
+    pictures: int
+    bytes: int
+    seconds: float | None = None
+
+    @classmethod
+    def of(
+        cls,
+        config: AuditConfig,
+        texts: Sequence[str],
+        *,
+        steps: int,
+        pairs: bool = True,
+        seconds_per_forward: float | None = None,
+        picture_bytes: int = 60_000,
+    ) -> Plan:
+        """Count.
+
+        Args:
+            config: The configuration.
+            texts: The prompts.
+            steps: Steps of each trajectory that will be run.
+            pairs: Every step needs a prediction with and one without the prompt.
+            seconds_per_forward: Measured time of one forward at the batch size in use.
+            picture_bytes: Size of one stored picture.
+        """
+        n, empty = config.seeds, sum(text == "" for text in texts)
+        told = len(texts) - empty
+        # The null prediction of the first step is shared by all prompts; the empty prompt is its own null prediction.
+        shared = pairs and config.seed_mode == "shared" and told > 0
+        per_prompt = (2 if pairs else 1) * steps - (1 if shared else 0)
+        forwards = n * (told * per_prompt + empty * steps + (1 if shared else 0))
+        samples = n * len(texts)
+        row = 450 + 20 * steps * len(config.detectors)
+        disk = n * sum(len(text.encode()) + row for text in texts) + (samples * picture_bytes if config.images else 0)
+        seconds = None if seconds_per_forward is None else forwards * seconds_per_forward
+        return cls(len(texts), n, samples, forwards, samples if config.images else 0, disk, seconds)
+
+
+def _merged(content: dict[Any, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    given = {k: v for k, v in overrides.items() if v is not None}
+    if isinstance(given.get("prompts"), Mapping) and content.get("prompts") is not None:
+        stored = content["prompts"]
+        stored = {"path": stored} if isinstance(stored, str) else {"items": stored} if isinstance(stored, list) else stored
+        given["prompts"] = {**stored, **given["prompts"]}
+    return {str(k): v for k, v in content.items()} | given
+
+
+def _sentence(error: ValidationError) -> UsageError:
+    """The first complaint as one sentence: which setting, which value, what is allowed."""
+    first = error.errors(include_url=False)[0]
+    path = [part for part in first["loc"] if isinstance(part, str)]
+    holder, field, key = _find(path)
+    if first["type"] == "extra_forbidden":
+        parents, name = key.split(".")[:-1], key.split(".")[-1]
+        kind = f"setting of {parents[0]}" if parents else "setting"
+        return UnknownName(kind, name, [f.alias or own for own, f in holder.model_fields.items()])
+    if first["type"] == "missing":
+        return UsageError(f"{key} is missing; write, for instance, `{key}: magnitude`.")
+    extra = field.json_schema_extra if field is not None else None
+    allowed = extra["allowed"] if isinstance(extra, dict) else "a text"
+    return UsageError(f"{key} is {_value(first['input'])}, and must be {allowed}.")
+
+
+def _find(path: list[str]) -> tuple[type[_Settings], Any, str]:
+    """The model and the field a complaint is about, and the field's full name. What pydantic adds to a path is no field."""
+    holder: type[_Settings] = AuditConfig
+    field, key = None, []
+    for part in path:
+        known = {f.alias or name: f for name, f in holder.model_fields.items()} | holder.model_fields
+        if part not in known:
+            # An unknown key of this model, or pydantic's name for a branch of a union.
+            if field is None or holder is not AuditConfig:
+                key.append(part)
+            break
+        field = known[part]
+        key.append(part)
+        holder = {"prompts": PromptSource, "detectors": DetectorSpec}.get(part, holder)
+    return holder, field, ".".join(key)
+
+
+def _value(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:59]}…"

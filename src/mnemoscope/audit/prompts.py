@@ -1,0 +1,401 @@
+"""Prompt sets in: TXT, JSONL, JSON, CSV, TSV, Parquet, or a Python list.
+
+A prompt is taken as it stands: no trimming, no repair. What cannot be read for certain is an error that names the line; nothing
+is dropped without being counted.
+"""
+
+from __future__ import annotations
+
+import codecs
+import csv
+import difflib
+import hashlib
+import io
+import json
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import UsageError
+
+__all__ = ["Columns", "Prompt", "PromptSet", "read_prompts"]
+
+COLUMNS = ("prompt", "caption", "text")
+"""Names under which the prompt column is found when none is given, whatever their case."""
+
+TRUE, FALSE = ("true", "1", "yes"), ("false", "0", "no")
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One prompt.
+
+    Attributes:
+        id: Its id in the source, or a hash of the text.
+        text: The text, as it stands in the source.
+        group: Its group in the source (for instance ``planted`` or ``ordinary``).
+        label: Known ground truth: True where the prompt is known to be memorized; None: unknown.
+    """
+
+    id: str
+    text: str
+    group: str | None = None
+    label: bool | None = None
+
+
+@dataclass(frozen=True)
+class PromptSet:
+    """Different prompts, and what happened on the way in.
+
+    Attributes:
+        prompts: The prompts, each text once, in the order of the source.
+        source: Where they come from, in words.
+        notes: What was left out and why, with counts.
+    """
+
+    prompts: tuple[Prompt, ...]
+    source: str
+    notes: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def __iter__(self) -> Iterator[Prompt]:
+        return iter(self.prompts)
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Which column (or key) holds what; None: found by its usual name, if it is there."""
+
+    prompt: str | None = None
+    id: str | None = None
+    group: str | None = None
+    label: str | None = None
+
+
+def read_prompts(
+    source: str | Path | Sequence[Any], columns: Columns = Columns(), *, limit: int | None = None
+) -> PromptSet:  # noqa: B008 (frozen)
+    """Read a prompt set.
+
+    Args:
+        source: A file (``.txt``: one prompt per line; ``.jsonl``, ``.json``, ``.csv``, ``.tsv``, ``.parquet``), or a sequence of
+            strings, mappings or :class:`Prompt` objects.
+        columns: Which columns to read. The prompt is looked for under ``prompt``, ``caption`` and ``text`` when not named.
+        limit: Keep the first so many different prompts.
+
+    Returns:
+        Different prompts: a text that occurs again is counted and left out. An empty prompt is a prompt, except in TXT, where
+        blank lines are counted and left out.
+
+    Raises:
+        UsageError: no such file, a format or encoding that is not certain, a damaged line, a missing column, an id that two
+            prompts share, or no prompt at all. The message names the place and the cure.
+    """
+    if isinstance(source, (str, Path)):
+        path = Path(source)
+        table, notes = _read(path)
+        name = str(path)
+    else:
+        items = [(f"item {i} of the list", item) for i, item in enumerate(source, 1)]
+        table, notes, name = _table(items), [], f"a list of {len(source)}"
+    prompts, more = _once(list(_prompts(table, columns, name)), name)
+    if not prompts:
+        raise UsageError(f"{name} holds no prompt; write one per line, or name a file that has some.")
+    if limit is not None and limit < len(prompts):
+        more.append(f"limit: the first {limit} of {len(prompts)} prompts")
+        prompts = prompts[:limit]
+    return PromptSet(tuple(prompts), name, tuple(notes + more))
+
+
+# A table: rows as mappings, each with the words that say where it is --------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Table:
+    columns: list[str]
+    rows: list[tuple[str, Mapping[str, Any]]]
+
+
+def _read(path: Path) -> tuple[_Table, list[str]]:
+    reader = READERS.get(path.suffix.lower())
+    if not path.is_file():
+        beside = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+        near = difflib.get_close_matches(path.name, beside, n=1)
+        kind = "is a folder" if path.is_dir() else "does not exist"
+        raise UsageError(
+            f"prompt file {path} {kind}"
+            + (f"; did you mean {path.parent / near[0]}?" if near else "; name a file of prompts.")
+        )
+    if reader is None:
+        raise UsageError(
+            f"prompt file {path}: {path.suffix or 'no'} extension is not one of {', '.join(READERS)}; rename or convert it."
+        )
+    try:
+        return reader(path)
+    except OSError as e:
+        raise UsageError(f"prompt file {path} cannot be read ({e.strerror or e}).") from e
+
+
+def _text(path: Path) -> str:
+    """The text of a file. UTF-8, or what its byte-order mark says; nothing is guessed."""
+    data = path.read_bytes()
+    for mark, encoding in MARKS.items():
+        if data.startswith(mark):
+            break
+    else:
+        encoding = "utf-8"
+    try:
+        text = data.decode(encoding)
+    except UnicodeDecodeError as e:
+        line = data.count(b"\n", 0, e.start) + 1
+        raise UsageError(
+            f"{path} is not {encoding.upper()}: byte {e.start} (0x{data[e.start]:02x}, line {line}) does not decode; save it as UTF-8, "
+            f"for instance with `iconv -f latin1 -t utf-8`."
+        ) from None
+    if "\0" in text:
+        line = text.count("\n", 0, text.index("\0")) + 1
+        raise UsageError(
+            f"{path} has a NUL byte in line {line}: it is UTF-16 without a byte-order mark, or no text; save it as UTF-8."
+        )
+    return text
+
+
+# UTF-32 first: its little-endian mark begins with the one of UTF-16.
+MARKS = {
+    codecs.BOM_UTF8: "utf-8-sig",
+    codecs.BOM_UTF32_LE: "utf-32",
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}
+
+
+def _lines(text: str) -> list[tuple[int, str]]:
+    # Not str.splitlines, which also breaks at characters that may stand inside a prompt (U+2028, form feed).
+    return list(enumerate(re.split(r"\r\n|\n|\r", text), 1))
+
+
+def _read_txt(path: Path) -> tuple[_Table, list[str]]:
+    lines = _lines(_text(path))
+    if lines[-1][1] == "":  # what follows the last line break is not a line
+        lines.pop()
+    table = _table([(f"line {i} of {path}", line) for i, line in lines if line.strip()])
+    blank = len(lines) - len(table.rows)
+    return table, [f"{_count(blank, 'blank line')} left out"] if blank else []
+
+
+def _read_jsonl(path: Path) -> tuple[_Table, list[str]]:
+    places = ((f"line {i} of {path}", line) for i, line in _lines(_text(path)) if line.strip())
+    return _table([(where, _json(line, where)) for where, line in places]), []
+
+
+def _read_json(path: Path) -> tuple[_Table, list[str]]:
+    text = _text(path)
+    content = _json(text, str(path)) if text.strip() else []
+    if isinstance(content, dict) and len(lists := [v for v in content.values() if isinstance(v, list)]) == 1:
+        content = lists[0]
+    if not isinstance(content, list):
+        raise UsageError(
+            f"{path} holds {_kind(content)}; write a list of prompts, or a list of objects with a prompt key."
+        )
+    return _table([(f"item {i} of {path}", item) for i, item in enumerate(content, 1)]), []
+
+
+def _json(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as e:
+        raise UsageError(
+            f"{where} is not JSON ({e.msg}, column {e.colno}); correct it, or use .txt for one plain prompt per line."
+        ) from None
+    except (ValueError, RecursionError) as e:
+        raise UsageError(f"{where} is not usable JSON ({e}).") from None
+
+
+def _read_csv(path: Path) -> tuple[_Table, list[str]]:
+    text = _text(path)
+    if not text.strip():
+        return _Table([], []), []
+    rows: list[tuple[str, Mapping[str, Any]]] = []
+    line = 1
+    try:
+        reader = csv.reader(io.StringIO(text, newline=""), delimiter=_delimiter(path, text), strict=True)
+        names = next(reader)
+        if repeated := [n for n, k in Counter(names).items() if k > 1]:
+            raise UsageError(f"{path} has two columns named {repeated[0]!r}; rename one.")
+        for cells in reader:
+            line = reader.line_num
+            # csv gives [] for a blank line; in a table of one column that is how an empty prompt looks.
+            cells = cells or ([""] if len(names) == 1 else [])
+            if cells and len(cells) != len(names):
+                raise UsageError(
+                    f"line {line} of {path} has {_count(len(cells), 'field')} and the header has {len(names)}; put quotes around "
+                    f"prompts that contain the delimiter, or use .txt for one plain prompt per line."
+                )
+            if cells:
+                rows.append((f"line {line} of {path}", dict(zip(names, cells, strict=True))))
+    except csv.Error as e:
+        raise UsageError(
+            f"{path} is not CSV after line {line} ({e}); double the quotes inside a quoted prompt and close them."
+        ) from None
+    return _Table(names, rows), []
+
+
+def _delimiter(path: Path, text: str) -> str:
+    """The one of comma, semicolon, tab and bar that splits the header into most columns."""
+    if path.suffix.lower() == ".tsv":
+        return "\t"
+    header = _lines(text)[0][1]
+    return max(",;\t|", key=lambda d: len(next(csv.reader([header], delimiter=d), [])))
+
+
+def _read_parquet(path: Path) -> tuple[_Table, list[str]]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        table = pq.read_table(path)
+    except (pa.ArrowException, OSError) as e:
+        raise UsageError(f"{path} is not a Parquet file that can be read ({e}).") from e
+    # Only what can be a prompt, an id, a group or a label: pictures beside the captions stay where they are.
+    plain = [
+        f.name
+        for f in table.schema
+        if not (pa.types.is_nested(f.type) or pa.types.is_binary(f.type) or pa.types.is_large_binary(f.type))
+    ]
+    try:
+        rows = table.select(plain).to_pylist()
+    except (pa.ArrowException, ValueError) as e:
+        raise UsageError(f"{path} holds values that cannot be read ({e}).") from e
+    return _Table(plain, [(f"row {i} of {path}", row) for i, row in enumerate(rows, 1)]), []
+
+
+READERS: dict[str, Callable[[Path], tuple[_Table, list[str]]]] = {
+    ".txt": _read_txt,
+    ".jsonl": _read_jsonl,
+    ".json": _read_json,
+    ".csv": _read_csv,
+    ".tsv": _read_csv,
+    ".parquet": _read_parquet,
+}
+
+
+def _table(items: list[tuple[str, Any]]) -> _Table:
+    """A table from mappings, prompts and bare texts; a bare text is a row whose only column is ``prompt``."""
+    rows = [(where, _row(item)) for where, item in items]
+    return _Table(list(dict.fromkeys(str(k) for _, row in rows for k in row)), rows)
+
+
+def _row(item: Any) -> Mapping[str, Any]:
+    if isinstance(item, Prompt):
+        return {"prompt": item.text, "id": item.id, "group": item.group, "label": item.label}
+    return item if isinstance(item, Mapping) else {"prompt": item}
+
+
+# From a table to prompts --------------------------------------------------------------------------------------------------
+
+
+def _prompts(table: _Table, columns: Columns, name: str) -> Iterator[Prompt]:
+    if not table.rows:
+        return
+    prompt = _column(table, columns.prompt, COLUMNS, name) or _only_column(table, name)
+    chosen = {"id": _column(table, columns.id, ("id",), name), "group": _column(table, columns.group, ("group",), name)}
+    label = _column(table, columns.label, ("label",), name)
+    if (
+        columns.label is None
+        and label is not None
+        and any(_truth(row.get(label)) is NotImplemented for _, row in table.rows)
+    ):
+        label = None  # a column that happens to be called so
+    for where, row in table.rows:
+        if prompt not in row:
+            raise UsageError(f"{where} has no {prompt!r}; every row needs a prompt.")
+        yield _prompt(
+            row[prompt],
+            {k: row.get(c) for k, c in chosen.items() if c} | {"label": row.get(label) if label else None},
+            where,
+        )
+
+
+def _column(table: _Table, asked: str | None, usual: Iterable[str], name: str) -> str | None:
+    if asked is not None:
+        if asked not in table.columns:
+            raise _no_column(f"no column {asked!r}", asked, table, name)
+        return asked
+    by_lower = {c.lower(): c for c in reversed(table.columns)}
+    return next((by_lower[u] for u in usual if u in by_lower), None)
+
+
+def _only_column(table: _Table, name: str) -> str:
+    if len(table.columns) == 1:
+        return table.columns[0]
+    raise _no_column("no column named prompt, caption or text", "prompt", table, name)
+
+
+def _no_column(what: str, asked: str, table: _Table, name: str) -> UsageError:
+    near = difflib.get_close_matches(asked.lower(), [c.lower() for c in table.columns], n=1, cutoff=0.5)
+    hint = f" Did you mean {next(c for c in table.columns if c.lower() == near[0])!r}?" if near else ""
+    listing = ", ".join(repr(c) for c in table.columns[:20])
+    return UsageError(f"{name} has {what}; name one of its columns: {listing}.{hint}")
+
+
+def _truth(value: Any) -> Any:
+    """True, False or None (unknown); NotImplemented for anything else."""
+    if value is None or value != value or (isinstance(value, str) and not value.strip()):
+        return None
+    if isinstance(value, (int, float)) and value in (0, 1):
+        return bool(value)
+    word = str(value).strip().lower()
+    return True if word in TRUE else False if word in FALSE else NotImplemented
+
+
+def _prompt(text: Any, facts: Mapping[str, Any], where: str) -> Prompt:
+    if not isinstance(text, str):
+        raise UsageError(f"{where}: the prompt is {_kind(text)}, not text; correct it, or choose another column.")
+    try:
+        text.encode()
+    except UnicodeEncodeError as e:
+        raise UsageError(
+            f"{where}: the prompt has half of a character (U+{ord(text[e.start]):04X}) at position {e.start}; correct it."
+        ) from None
+    label = _truth(facts.get("label"))
+    if label is NotImplemented:
+        raise UsageError(
+            f"{where}: label {facts['label']!r} is not one of {', '.join(TRUE + FALSE)}; choose another label column."
+        )
+    id, group = (None if facts.get(k) in (None, "") else str(facts[k]) for k in ("id", "group"))
+    return Prompt(id or hashlib.sha256(text.encode()).hexdigest()[:12], text, group, label)
+
+
+def _once(found: list[Prompt], name: str) -> tuple[list[Prompt], list[str]]:
+    """Each text once. Ids must tell prompts apart, because reports do."""
+    first: dict[str, Prompt] = {}
+    ids: dict[str, str] = {}
+    contradicting = 0
+    for prompt in found:
+        kept = first.setdefault(prompt.text, prompt)
+        contradicting += (kept.group, kept.label) != (prompt.group, prompt.label)
+        if kept is prompt and ids.setdefault(prompt.id, prompt.text) != prompt.text:
+            raise UsageError(
+                f"{name}: two prompts have the id {prompt.id!r}; make ids unique, or choose another id column."
+            )
+    repeated = len(found) - len(first)
+    notes = [f"{_count(repeated, 'repeated prompt')} left out"] if repeated else []
+    if contradicting:
+        notes.append(
+            f"{_count(contradicting, 'repeated prompt')} had another group or label than the first, which counts"
+        )
+    return list(first.values()), notes
+
+
+def _kind(value: Any) -> str:
+    return "null" if value is None else f"{type(value).__name__} {str(value)[:40]!r}"
+
+
+def _count(n: int, noun: str) -> str:
+    return f"{n} {noun}" if n == 1 else f"{n} {noun}s"

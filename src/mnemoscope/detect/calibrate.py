@@ -1,0 +1,235 @@
+"""Scores of ordinary prompts → a threshold at a stated false-positive rate, and a p-value for every further score.
+
+A detector's score means nothing across models, precisions, resolutions, guidance scales, samplers, step windows or
+numbers of seeds, so a calibration carries the setting it was made under and refuses to be used under another. The
+arithmetic is in :mod:`mnemoscope.stats`; the file, ``thresholds.json``, is
+:class:`mnemoscope.records.schema.Thresholds`, readable without torch.
+
+The p-value is conformal, p = (1 + #{ordinary ≥ score}) / (1 + N), after Vovk, Gammerman & Shafer 2005. It presumes that
+the ordinary prompts are of the kind that is audited; about prompts of another kind it says nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jaxtyping import Float
+from numpy import ndarray
+from pydantic import ValidationError
+
+from .. import stats
+from ..errors import UsageError
+from ..records.schema import FORMAT, Thresholds
+from ..records.store import differences
+
+__all__ = ["Calibration", "setting_of"]
+
+
+def setting_of(
+    identity: Mapping[str, Any],
+    *,
+    guidance: float,
+    steps: int,
+    window: tuple[int, int],
+    seeds: int,
+    seed_mode: str,
+) -> dict[str, Any]:
+    """Everything a score depends on, as plain values; nothing has a default, so that nothing is forgotten.
+
+    Args:
+        identity: ``Target.identity()``: weights, adapters, scheduler config, dtype, resolution.
+        guidance: Guidance scale of the trajectory. The first step does not depend on it, later ones do.
+        steps: Length of the sampler's schedule.
+        window: Half-open window of steps that the score averages over.
+        seeds: Number of seeds that a prompt's score averages over.
+        seed_mode: How starting noises are given to prompts (one shared bank, or each prompt its own).
+    """
+    return {
+        "target": dict(identity),
+        "guidance": guidance,
+        "steps": steps,
+        "window": list(window),
+        "seeds": seeds,
+        "seed_mode": seed_mode,
+    }
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """A threshold for one detector on one model under one setting.
+
+    Attributes:
+        record: What is stored.
+        name: What messages call it: the file's name, once it has one.
+
+    >>> calibration = Calibration.fit(range(99), {"target": "a model"}, detector="magnitude", fpr=0.05)
+    >>> calibration.threshold, calibration.above(94.5), calibration.p_value(94.5)
+    (94.0, True, 0.05)
+    """
+
+    record: Thresholds
+    name: str = "this calibration"
+
+    @classmethod
+    def fit(
+        cls,
+        scores: stats.Numbers,
+        setting: Mapping[str, Any],
+        *,
+        detector: str,
+        fpr: float = 0.01,
+        confidence: float = 0.95,
+        source: str = "",
+    ) -> Calibration:
+        """Calibrate on ordinary prompts.
+
+        Args:
+            scores: One score per ordinary prompt, averaged over seeds and window; finite, in the detector's unit.
+            setting: What they depend on, from :func:`setting_of`.
+            detector: Name of the detector.
+            fpr: Stated false-positive rate. It takes at least 1/fpr − 1 prompts, and several times that to know
+                the rate well.
+            confidence: Of the threshold's interval.
+            source: Where the prompts come from, in words.
+
+        Raises:
+            UsageError: too few scores for the rate, a score that is not finite, or no setting.
+        """
+        if not setting:
+            raise UsageError("a calibration needs its setting: give what the scores depend on, from setting_of.")
+        found = stats.threshold_at_fpr(scores, fpr, confidence=confidence)
+        ordered = sorted(float(s) for s in scores)
+        if not (math.isfinite(ordered[0]) and math.isfinite(ordered[-1])):
+            raise UsageError("an ordinary score is infinite; leave failed samples out before calibrating.")
+        return cls(
+            Thresholds(
+                detector=detector,
+                setting=dict(setting),
+                scores=ordered,
+                fpr=fpr,
+                threshold=found.value,
+                interval=(_bounded(found.interval.low), _bounded(found.interval.high)),
+                confidence=confidence,
+                source=source,
+            )
+        )
+
+    @classmethod
+    def load(cls, path: str | Path) -> Calibration:
+        """Read ``thresholds.json``.
+
+        Raises:
+            UsageError: there is none, it is damaged, or its threshold does not follow from its scores.
+        """
+        path = Path(path)
+        try:
+            content = json.loads(path.read_bytes())
+            # First, because a newer file may well have other keys.
+            if isinstance(content, dict) and content.get("format", FORMAT) != FORMAT:
+                raise UsageError(
+                    f"{path} has format {content['format']!r}, not {FORMAT}; recalibrate with this version."
+                )
+            record = Thresholds.model_validate(content)
+        except OSError as e:
+            raise UsageError(
+                f"{path} cannot be read ({e.strerror or e}); write one with `mnemoscope calibrate`."
+            ) from None
+        except ValidationError as e:
+            first = e.errors(include_url=False)[0]
+            where = ".".join(map(str, first["loc"])) or "content"
+            raise UsageError(f"{path} is no calibration ({where}: {first['msg']}); recalibrate.") from None
+        except ValueError as e:
+            raise UsageError(f"{path} is no calibration ({e}); recalibrate.") from None
+        follows = stats.threshold_at_fpr(record.scores, record.fpr, confidence=record.confidence).value
+        if record.threshold != follows:
+            raise UsageError(
+                f"{path} states the threshold {record.threshold:g}, but its {len(record.scores)} scores give "
+                f"{follows:g} at a false-positive rate of {record.fpr:g}; it was edited: recalibrate."
+            )
+        return cls(record, path.name)
+
+    def save(self, path: str | Path) -> Path:
+        """Write ``thresholds.json`` in one go: whoever reads it sees the old file or the new one, never half."""
+        path = Path(path)
+        half = path.with_name(f".{path.name}-{os.getpid()}")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with half.open("w", encoding="utf-8") as file:
+                file.write(self.record.model_dump_json(indent=2) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+            half.replace(path)
+        except OSError as e:
+            raise UsageError(f"{path} cannot be written ({e.strerror or e}); choose another place.") from e
+        finally:
+            with suppress(OSError):
+                half.unlink()  # gone already, if all went well
+        return path
+
+    @property
+    def threshold(self) -> float:
+        """A score strictly greater is above threshold."""
+        return self.record.threshold
+
+    @property
+    def realized(self) -> stats.Interval:
+        """What the false-positive rate really is, given that many ordinary prompts (:func:`stats.realized_fpr`)."""
+        return stats.realized_fpr(len(self.record.scores), self.record.fpr, self.record.confidence)
+
+    def above(self, score: float) -> bool:
+        """Whether score > threshold, which is the same as p ≤ the stated rate."""
+        return self.p_value(score) <= self.record.fpr
+
+    def p_value(self, score: float) -> float:
+        """(1 + #{ordinary ≥ score}) / (1 + N)."""
+        return float(self.p_values([score])[0])
+
+    def p_values(self, scores: stats.Numbers) -> Float[ndarray, " score"]:
+        """:meth:`p_value` of many scores, as :func:`stats.benjamini_hochberg` wants them for a whole audit."""
+        return stats.conformal_p(scores, self.record.scores)
+
+    def borderline(self, score: float, rtol: float | None = None) -> bool:
+        """Whether a score is within rounding of the threshold, so that :meth:`above` may differ on another machine.
+
+        Args:
+            score: A prompt's score.
+            rtol: Relative rounding; default is :func:`stats.rounding` of the dtype the model ran in.
+        """
+        target = self.record.setting.get("target")
+        dtype = target.get("dtype", "float32") if isinstance(target, dict) else "float32"
+        return stats.borderline(score, self.threshold, stats.rounding(dtype) if rtol is None else rtol)
+
+    def check(self, setting: Mapping[str, Any], *, detector: str | None = None, accept: bool = False) -> list[str]:
+        """Refuse to be used under another setting.
+
+        Args:
+            setting: What the scores to be judged depend on, from :func:`setting_of`.
+            detector: Whose scores they are; None: the calibrated one's.
+            accept: Use the threshold nevertheless; write the differences that are returned where readers see them.
+
+        Returns:
+            The differences: none, or with ``accept`` those that were accepted.
+
+        Raises:
+            UsageError: there are differences; the message names each of them.
+        """
+        was = {"detector": self.record.detector, **self.record.setting}
+        now = {"detector": detector or self.record.detector, **setting}
+        found = differences(was, now)
+        if found and not accept:
+            raise UsageError(
+                f"{self.name} was made under another setting ({'; '.join(found)}); "
+                "recalibrate with `mnemoscope calibrate`, or pass --accept-threshold to use it all the same."
+            )
+        return found
+
+
+def _bounded(bound: float) -> float | None:
+    return bound if math.isfinite(bound) else None

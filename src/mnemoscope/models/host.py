@@ -1,0 +1,320 @@
+"""What all diffusers models share: forward process, sampler, pictures, identity.
+
+``stable_diffusion.py`` and ``unconditional.py`` add what differs: the network's inputs and the autoencoder.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from diffusers import DDIMScheduler
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from ..errors import CannotAudit, UnknownName, UsageError
+from ..types import Latents, Space
+from . import identity
+from .base import Condition, noise_from_seeds
+
+DETERMINISTIC = frozenset(
+    {
+        "DDIMScheduler",
+        "DEISMultistepScheduler",
+        "DPMSolverMultistepScheduler",
+        "DPMSolverSinglestepScheduler",
+        "EulerDiscreteScheduler",
+        "HeunDiscreteScheduler",
+        "KDPM2DiscreteScheduler",
+        "LMSDiscreteScheduler",
+        "PNDMScheduler",
+        "UniPCMultistepScheduler",
+    }
+)
+"""diffusers schedulers that draw no noise while sampling, with their default options."""
+
+SAMPLERS = ("ddim", "own")
+IMAGE_BATCH = 8
+"""Pictures that pass through the autoencoder at a time: decoding takes far more memory per sample than denoising."""
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What a loader knows about a model and a pipeline object does not.
+
+    Attributes:
+        name: How to call the model in sentences and tables.
+        source: Hub id or folder it was loaded from.
+        revision: Branch, tag or commit that was asked for.
+        files: Component → weight files (see :func:`identity.weights`); components not listed are hashed from memory.
+        adapter_files: LoRA name → file.
+        dtype_reason: Which precision, and why.
+    """
+
+    name: str = ""
+    source: str = ""
+    revision: str | None = None
+    files: Mapping[str, Sequence[Path]] = field(default_factory=dict)
+    adapter_files: Mapping[str, Path] = field(default_factory=dict)
+    dtype_reason: str = ""
+
+
+class Diffusion:
+    """The forward process x_t = α_t x₀ + σ_t ε of a diffusers scheduler, and what a network trained on it predicts.
+
+    α_t = √ᾱ_t and σ_t = √(1 − ᾱ_t) (Ho et al. 2020, *Denoising Diffusion Probabilistic Models*, eq. 4); v = α ε − σ x₀
+    (Salimans & Ho 2022, *Progressive Distillation*, appendix D).
+    """
+
+    def __init__(self, scheduler: Any, name: str = "the model"):
+        self.prediction: str = scheduler.config.get("prediction_type", "epsilon")
+        bar = getattr(scheduler, "alphas_cumprod", None)
+        if bar is None or self.prediction not in ("epsilon", "v_prediction", "sample"):
+            raise CannotAudit(
+                f"{name} has a {type(scheduler).__name__} with prediction type {self.prediction!r}: only discrete-time "
+                f"models that predict epsilon, v_prediction or sample can be audited so far."
+            )
+        self._alpha = bar.double().sqrt().float().cpu()
+        self._sigma = (1 - bar.double()).sqrt().float().cpu()
+        self.train_steps = len(bar)
+
+    def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """α_t and σ_t in the shape and on the device of ``t``, float32.
+
+        Some samplers stop between two training timesteps; there σ/α is interpolated, as diffusers does.
+        """
+        alpha, sigma = self._alpha.to(t.device), self._sigma.to(t.device)
+        if not t.is_floating_point():
+            return alpha[t], sigma[t]
+        low = t.floor().long().clamp(0, self.train_steps - 1)
+        high = (low + 1).clamp(max=self.train_steps - 1)
+        ratio = torch.lerp(sigma[low] / alpha[low], sigma[high] / alpha[high], (t - low).float())
+        a = (1 + ratio**2).rsqrt()
+        return a, ratio * a
+
+    def to_eps(self, output: Latents, x: Latents, t: Tensor) -> Latents:
+        """The network's raw output at (x, t) as ε, float32: ε = σ x + α v, or ε = (x − α x₀)/σ."""
+        if self.prediction == "epsilon":
+            return output.float()
+        alpha, sigma = (_column(c, x) for c in self.alpha_sigma(t))
+        if self.prediction == "v_prediction":
+            return sigma * x.float() + alpha * output.float()
+        return (x.float() - alpha * output.float()) / sigma
+
+
+def _column(c: Tensor, x: Tensor) -> Tensor:
+    """A scalar as it is (0-d tensors multiply across devices without a transfer), one per sample shaped to broadcast."""
+    return c if c.ndim == 0 else c.to(x.device).view(-1, *[1] * (x.ndim - 1))
+
+
+class DiffusersSchedule:
+    """One run of a diffusers scheduler, on a copy of its own."""
+
+    def __init__(self, scheduler: Any, steps: int, device: torch.device, dtype: torch.dtype):
+        self._scheduler = type(scheduler).from_config(scheduler.config)
+        # On the CPU: a GPU timestep would index the scheduler's CPU tables and so wait for the device at every step.
+        self._scheduler.set_timesteps(steps)
+        self.timesteps: Tensor = self._scheduler.timesteps
+        self._device, self._dtype = device, dtype
+
+    def start(self, noise: Latents) -> Latents:
+        """x_T from unit-variance noise, on the model's device and in its dtype."""
+        return noise.to(self._device, self._dtype) * self._scheduler.init_noise_sigma
+
+    def scale(self, x: Latents, t: Tensor) -> Latents:
+        """What the denoiser is shown: x itself, or x/√(σ² + 1) for samplers that work in σ-space."""
+        return self._scheduler.scale_model_input(x, t)
+
+    def step(self, output: Latents, t: Tensor, x: Latents) -> Latents:
+        """The next state."""
+        return self._scheduler.step(output, t, x, return_dict=False)[0]
+
+
+class DiffusersTarget:
+    """Common part of the adapters; see :class:`~mnemoscope.models.base.Target` for the promises.
+
+    Args:
+        pipe: A diffusers pipeline. Its modules are shared, frozen and put in eval mode; its scheduler is copied.
+        sampler: ``"ddim"`` (deterministic DDIM, η = 0, built from the model's scheduler config) or ``"own"`` (the pipeline's
+            scheduler, if it draws no noise).
+        resolution: Side in pixels, or (height, width); default is the size the model was trained on.
+        origin: What a loader knows about the model.
+    """
+
+    kind: ClassVar[str]
+    pipelines: ClassVar[frozenset[str]]
+    """Pipeline classes that can be loaded."""
+    has_text: ClassVar[bool]
+    space: Space = "eps"
+
+    def __init__(
+        self,
+        pipe: Any,
+        *,
+        sampler: str = "ddim",
+        resolution: int | tuple[int, int] | None = None,
+        origin: Origin | None = None,
+    ):
+        self.origin = origin or Origin(name=type(pipe).__name__)
+        self.name = self.origin.name
+        self.pipeline = type(pipe).__name__
+        self.modules = {k: m for k, m in pipe.components.items() if isinstance(m, nn.Module) and k != "safety_checker"}
+        for module in self.modules.values():
+            module.requires_grad_(False).eval()
+        self.unet = pipe.unet
+        self.vae: Any = self.modules.get("vae", self.modules.get("vqvae"))
+        self.sampler = sampler
+        self._scheduler = self._sampler(pipe.scheduler)
+        self._diffusion = Diffusion(self._scheduler, self.name)
+        self.factor = 1 if self.vae is None else 2 ** (len(self.vae.config.block_out_channels) - 1)
+        """Pixels per latent, along each side."""
+        self.latent_shape = (self.unet.config.in_channels, *self._latent_size(resolution))
+        self.forwards = 0
+        self._identity: dict[str, Any] | None = None
+
+    @classmethod
+    def accepts(cls, pipeline: str) -> bool:
+        """Whether pipelines of this class name can be audited."""
+        return pipeline in cls.pipelines
+
+    @property
+    def device(self) -> torch.device:
+        """Where the denoiser is."""
+        return self.unet.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Precision of the denoiser."""
+        return self.unet.dtype
+
+    @property
+    def dtype_reason(self) -> str:
+        """Which precision, and why."""
+        return self.origin.dtype_reason or f"{_name(self.dtype)}: as the pipeline came"
+
+    def identity(self) -> dict[str, Any]:
+        """Hashes of weights and adapters, scheduler, dtype, resolution; ``fingerprint`` over all of it. Computed once."""
+        if self._identity is None:
+            self._identity = identity.with_fingerprint(self._describe())
+        return dict(self._identity)
+
+    def _describe(self) -> dict[str, Any]:
+        _, height, width = self.latent_shape
+        return {
+            "name": self.name,
+            "source": self.origin.source,
+            "revision": self.origin.revision,
+            "kind": self.kind,
+            "pipeline": self.pipeline,
+            "weights": identity.weights(self.modules, self.origin.files),
+            "adapters": identity.adapters(self.modules, self.origin.adapter_files),
+            "scheduler": identity.scheduler_fields(self._scheduler),
+            "dtype": _name(self.dtype),
+            "resolution": [height * self.factor, width * self.factor],
+        }
+
+    # Sampling
+
+    def _sampler(self, scheduler: Any) -> Any:
+        if self.sampler not in SAMPLERS:
+            raise UnknownName("sampler", self.sampler, SAMPLERS)
+        if self.sampler == "ddim":
+            return DDIMScheduler.from_config(scheduler.config, **self._ddim_overrides(scheduler.config))
+        name, algorithm = type(scheduler).__name__, scheduler.config.get("algorithm_type", "")
+        if name not in DETERMINISTIC or "sde" in algorithm:
+            raise CannotAudit(
+                f"{self.name}'s own sampler, {name}{f' ({algorithm})' if algorithm else ''}, draws noise while it samples, so a "
+                f"seed would not fix the result; use sampler='ddim'."
+            )
+        return type(scheduler).from_config(scheduler.config)
+
+    def _ddim_overrides(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        return {}
+
+    def noise(self, seeds: Sequence[int], base: int = 0) -> Latents:
+        """Unit-variance starting noise, float32 on the CPU; row j depends on (base, seeds[j]) alone."""
+        return noise_from_seeds(seeds, base, self.latent_shape)
+
+    def schedule(self, steps: int) -> DiffusersSchedule:
+        """A fresh sampler run of that many steps."""
+        if not 1 <= steps <= self._diffusion.train_steps:
+            raise UsageError(
+                f"steps={steps}: {self.name} was trained on {self._diffusion.train_steps} timesteps; use 1 to "
+                f"{self._diffusion.train_steps}, for instance 50."
+            )
+        return DiffusersSchedule(self._scheduler, steps, self.device, self.dtype)
+
+    def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """α_t and σ_t of x_t = α x₀ + σ ε, in the shape of ``t``, float32."""
+        return self._diffusion.alpha_sigma(t)
+
+    def output(self, x: Latents, t: Tensor, cond: Condition | None) -> Latents:
+        """The network's raw output, in its own dtype."""
+        raise NotImplementedError
+
+    def to_space(self, output: Latents, x: Latents, t: Tensor) -> Latents:
+        """The raw output as ε, float32."""
+        return self._diffusion.to_eps(output, x, t)
+
+    def predict(self, x: Latents, t: Tensor, cond: Condition | None) -> Latents:
+        """ε(x_t, condition), float32."""
+        return self.to_space(self.output(x, t, cond), x, t)
+
+    # Pictures
+
+    def _latent_size(self, resolution: int | tuple[int, int] | None) -> tuple[int, int]:
+        """Latent height and width; a size the model cannot mean gets one sentence."""
+        sides = self.unet.config.sample_size
+        native = (sides, sides) if isinstance(sides, int) else tuple(sides)
+        if resolution is None:
+            return native
+        asked = (resolution, resolution) if isinstance(resolution, int) else tuple(resolution)
+        unit = self._size_unit()
+        for side, own in zip(asked, native, strict=True):
+            own *= self.factor
+            if side % unit or not own / 2 <= side <= own * 2:
+                raise UsageError(
+                    f"resolution {asked[0]}×{asked[1]}: {self.name} was trained at {native[0] * self.factor}×"
+                    f"{native[1] * self.factor}; use multiples of {unit} between half and twice that."
+                )
+        return asked[0] // self.factor, asked[1] // self.factor
+
+    def _size_unit(self) -> int:
+        """Pixel sizes must be multiples of this."""
+        return self.factor
+
+    @torch.no_grad()
+    def encode_images(self, images: Float[Tensor, "batch 3 height width"]) -> Latents:
+        """x₀ of pictures in [0, 1], float32 on the model's device: what the diffusion model is trained on (no draw)."""
+        height, width = images.shape[2:]
+        if height % self.factor or width % self.factor:
+            raise UsageError(f"pictures of {height}×{width}: {self.name} needs sides that are multiples of {self.factor}.")
+        parts = [self._encode(part.to(self.device, self.dtype) * 2 - 1).float() for part in images.split(IMAGE_BATCH)]
+        return torch.cat(parts)
+
+    @torch.no_grad()
+    def decode(self, x: Latents) -> Float[Tensor, "batch 3 height width"]:
+        """Pictures in [0, 1], float32, on the CPU."""
+        parts = [self._decode(part.to(self.device, self.dtype)) for part in x.split(IMAGE_BATCH)]
+        return torch.cat([(part * 0.5 + 0.5).clamp(0, 1).float().cpu() for part in parts])
+
+    def _encode(self, pixels: Tensor) -> Tensor:
+        """Latents of pixels in [-1, 1]: a KL autoencoder's mean, or a VQ one's latent before quantisation."""
+        z = self.vae.encode(pixels)
+        mean = z.latent_dist.mean if hasattr(z, "latent_dist") else z.latents
+        return mean * self.vae.config.scaling_factor
+
+    def _decode(self, z: Tensor) -> Tensor:
+        """Pixels in [-1, 1], a little beyond at times."""
+        return self.vae.decode(z / self.vae.config.scaling_factor, return_dict=False)[0]
+
+    def __repr__(self) -> str:
+        c, h, w = self.latent_shape
+        return f"{type(self).__name__}({self.name!r}, {c}×{h}×{w}, {_name(self.dtype)} on {self.device})"
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,166 @@
+"""Which model is this? Hashes and settings, as plain JSON values.
+
+Two runs may be compared only if their targets' fingerprints agree. Where a model came from (a path, a hub id) is written
+down beside the fingerprint and is not part of it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import CannotAudit
+
+PICKLES = frozenset({".ckpt", ".pt", ".pth", ".bin", ".pkl"})
+"""Suffixes of checkpoints that run code when they are opened."""
+
+_PROVENANCE = frozenset({"name", "source", "revision", "fingerprint"})
+
+
+def weight_files(folder: Path, variant: str | None = None) -> list[Path]:
+    """The safetensors files that diffusers or transformers load from one component's folder, shards in order.
+
+    Args:
+        folder: For instance ``model/unet``.
+        variant: For instance ``"fp16"``; where the component has no such files, the plain ones are loaded.
+
+    Raises:
+        CannotAudit: there are no safetensors: only pickles, or nothing at all.
+    """
+    names = sorted(p.name for p in folder.glob("*.safetensors"))
+    plain = re.compile(r"(diffusion_pytorch_model|model)(-\d+-of-\d+)?\.safetensors")
+    tagged = re.compile(
+        rf"(diffusion_pytorch_model|model)(\.{v}(-\d+-of-\d+)?|-\d+-of-\d+\.{v})\.safetensors"
+        if (v := re.escape(variant or ""))
+        else r"(?!)"
+    )
+    chosen = [n for n in names if tagged.fullmatch(n)] or [n for n in names if plain.fullmatch(n)]
+    if chosen:
+        return [folder / n for n in chosen]
+    pickles = sorted(p.name for p in folder.glob("*") if p.suffix in PICKLES) if folder.is_dir() else []
+    if pickles:
+        raise CannotAudit(
+            f"{folder} holds its weights as pickle only ({pickles[0]}), which can run code when opened; "
+            f"ask its author for safetensors, or convert it in a sandbox with safetensors.torch.save_file."
+        )
+    raise CannotAudit(f"{folder} has no weights ({_instead(names, variant)}); download or copy the model again, completely.")
+
+
+def _instead(names: Sequence[str], variant: str | None) -> str:
+    """What a folder has instead of the weights that were looked for, in words."""
+    if not names:
+        return "no .safetensors file"
+    return f"only {', '.join(names)}; perhaps another variant than {variant!r}"
+
+
+def hash_bytes(data: bytes) -> str:
+    """sha256 of ``data``."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def hash_file(path: Path) -> str:
+    """sha256 of a file, the one the hub shows for it. Read once per process as long as size and time stand still."""
+    path = path.resolve()
+    stat = path.stat()
+    return _hash_file(path, stat.st_size, stat.st_mtime_ns)
+
+
+@lru_cache(maxsize=1024)
+def _hash_file(path: Path, size: int, mtime_ns: int) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def hash_tensors(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
+    """sha256 over names, dtypes, shapes and bytes in order of the names, for models that exist in memory only."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors, key=lambda item: item[0]):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def weights(modules: Mapping[str, nn.Module], files: Mapping[str, Sequence[Path]]) -> dict[str, str]:
+    """sha256 of everything that was loaded: by file where files are known, by tensor where they are not.
+
+    Args:
+        modules: Component name → module, for instance ``{"unet": …, "vae": …}``.
+        files: Component name → its weight files. The key ``""`` is a single-file checkpoint that covers all the others.
+    """
+    found = {p.name: hash_file(p) for p in files.get("", ())}
+    for name, module in modules.items():
+        if name in files:
+            found |= {f"{name}/{p.name}": hash_file(p) for p in files[name]}
+        elif "" not in files:
+            found[f"{name} (tensors)"] = hash_tensors(module.state_dict().items())
+    return found
+
+
+def adapters(modules: Mapping[str, nn.Module], files: Mapping[str, Path]) -> list[dict[str, Any]]:
+    """Every LoRA that sits in the model: name, scale, whether it is active, and a hash of its file or of its tensors.
+
+    Read from the layers themselves, so that adapters a user loaded by hand are seen as well.
+    """
+    scales: dict[str, set[float]] = {}
+    active: set[str] = set()
+    for module in modules.values():
+        for layer in module.modules():
+            if isinstance(scaling := getattr(layer, "scaling", None), dict) and hasattr(layer, "lora_A"):
+                for name, value in scaling.items():
+                    scales.setdefault(name, set()).add(_weight(layer, name, value))
+                if not layer.disable_adapters:
+                    active |= set(layer.active_adapters)
+    return [
+        {
+            "name": name,
+            "scale": sorted(scales[name]) if len(scales[name]) > 1 else next(iter(scales[name])),
+            "active": name in active,
+            "sha256": hash_file(files[name]) if name in files else _hash_adapter(modules, name),
+        }
+        for name in sorted(scales)
+    ]
+
+
+def _weight(layer: nn.Module, name: str, scaling: float) -> float:
+    """The scale a user set, from the effective one: peft multiplies it by alpha / r (alpha / √r for rank-stabilised)."""
+    rank = layer.r[name] ** (0.5 if layer.use_rslora.get(name) else 1.0)  # type: ignore[index, union-attr, operator]
+    return round(scaling * rank / layer.lora_alpha[name], 6)  # type: ignore[index]
+
+
+def _hash_adapter(modules: Mapping[str, nn.Module], name: str) -> str:
+    return hash_tensors(
+        (f"{part}.{key}", tensor)
+        for part, module in modules.items()
+        for key, tensor in module.state_dict().items()
+        if "lora_" in key and f".{name}." in key
+    )
+
+
+def scheduler_fields(scheduler: Any) -> dict[str, Any]:
+    """Class and settings of a diffusers scheduler, without what only says which release wrote them."""
+    known = type(scheduler)._get_init_keys(type(scheduler)) - {"self", "kwargs"}
+    fields = {k: v for k, v in scheduler.config.items() if k in known and not k.startswith("_")}
+    return {"class": type(scheduler).__name__, **plain(fields)}
+
+
+def plain(value: Any) -> Any:
+    """``value`` as JSON would give it back (tuples become lists, arrays become lists)."""
+    return json.loads(json.dumps(value, default=lambda v: v.tolist() if hasattr(v, "tolist") else str(v)))
+
+
+def with_fingerprint(identity: dict[str, Any]) -> dict[str, Any]:
+    """``identity`` with a short hash over all of it but its provenance."""
+    matter = {k: v for k, v in identity.items() if k not in _PROVENANCE}
+    digest = hashlib.sha256(json.dumps(plain(matter), sort_keys=True).encode()).hexdigest()
+    return {**identity, "fingerprint": digest[:16]}

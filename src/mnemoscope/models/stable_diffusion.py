@@ -1,0 +1,183 @@
+"""Stable Diffusion 1 and 2: text-to-image latent diffusion with classifier-free guidance.
+
+Rombach et al., CVPR 2022, *High-Resolution Image Synthesis with Latent Diffusion Models*. The null prompt e_∅ is the encoding
+of the empty string (Wen et al. 2024, section 3).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import CannotAudit, UsageError
+from ..types import Latents
+from . import identity
+from .base import Condition
+from .host import DiffusersTarget, Origin
+
+TEXT_BATCH = 64
+"""Prompts encoded at a time."""
+
+
+class StableDiffusion(DiffusersTarget):
+    """A Stable Diffusion pipeline as a :class:`~mnemoscope.models.base.Target`, in ε-space.
+
+    Any number of latent channels, any autoencoder factor, ε, v or x₀ prediction.
+
+    Args:
+        pipe: The pipeline (``unet``, ``vae``, ``text_encoder``, ``tokenizer``, ``scheduler``).
+        guidance: Guidance scale g of ε̂ = ε_∅ + g·(ε_c − ε_∅).
+        sampler: ``"ddim"`` or ``"own"``; see :class:`~mnemoscope.models.host.DiffusersTarget`.
+        resolution: Side in pixels, or (height, width).
+        origin: What a loader knows about the model.
+
+    Raises:
+        CannotAudit: the model has no prediction without a prompt, or needs inputs beside the prompt.
+    """
+
+    kind = "stable-diffusion"
+    pipelines = frozenset({"StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline"})
+    has_text = True
+
+    def __init__(
+        self,
+        pipe: Any,
+        *,
+        guidance: float = 7.5,
+        sampler: str = "ddim",
+        resolution: int | tuple[int, int] | None = None,
+        origin: Origin | None = None,
+    ):
+        super().__init__(pipe, sampler=sampler, resolution=resolution, origin=origin)
+        self.guidance = float(guidance)
+        self.tokenizer, self.text_encoder = pipe.tokenizer, pipe.text_encoder
+        self._reject_other_inputs()
+        # Textual inversion writes one word as several tokens; the pipeline knows which.
+        self._spelled_out = getattr(pipe, "maybe_convert_prompt", lambda prompts, _: prompts)
+        self._null: Tensor | None = None
+
+    @staticmethod
+    def guided(pipe: Any) -> bool:
+        """Whether the pipeline doubles its batch right now; the first half is then the unconditional one."""
+        return bool(pipe.do_classifier_free_guidance)
+
+    def _reject_other_inputs(self) -> None:
+        config = self.unet.config
+        missing = [k for k in ("vae", "text_encoder") if k not in self.modules] + ["tokenizer"] * (self.tokenizer is None)
+        if missing:
+            raise CannotAudit(f"{self.name} comes without its {missing[0]}; load the whole pipeline.")
+        if config.time_cond_proj_dim is not None:
+            raise CannotAudit(
+                f"{self.name} was distilled with guidance inside (time_cond_proj_dim={config.time_cond_proj_dim}), so it makes no "
+                f"prediction without the prompt; audit the model it was distilled from."
+            )
+        if config.in_channels != self.vae.config.latent_channels:
+            raise CannotAudit(
+                f"{self.name}'s denoiser takes {config.in_channels} channels and its latents have "
+                f"{self.vae.config.latent_channels}: inpainting, depth and editing models need a picture as input and cannot be "
+                f"audited; use the text-to-image model they come from."
+            )
+        if config.class_embed_type is not None or config.addition_embed_type is not None:
+            raise CannotAudit(
+                f"{self.name}'s denoiser needs more than a prompt (class_embed_type={config.class_embed_type!r}, "
+                f"addition_embed_type={config.addition_embed_type!r}); only Stable Diffusion 1 and 2 are supported so far."
+            )
+
+    def _ddim_overrides(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """What a Stable Diffusion config that was written for another sampler leaves open."""
+        # Latents go far beyond [-1, 1]; DDIM's default would clip them.
+        overrides: dict[str, Any] = {"clip_sample": False}
+        if config.get("rescale_betas_zero_snr"):
+            # At ᾱ = 0 the score is exactly 0 for every prompt, because Δε = α·Δv: the first step must lie before the last
+            # training timestep.
+            overrides |= {"timestep_spacing": "leading", "steps_offset": 1}
+        return overrides
+
+    def _describe(self) -> dict[str, Any]:
+        vocabulary = sorted(self.tokenizer.get_vocab().items())
+        words = "".join(f"{i} {token}\n" for token, i in vocabulary).encode("utf-8", "surrogatepass")
+        return {**super()._describe(), "tokenizer": identity.hash_bytes(words)}
+
+    # Text
+
+    def _ids(self, prompts: list[str]) -> Tensor:
+        """Token ids with start, end and padding, ``[batch, token]``."""
+        spelled = self._spelled_out([_clean(p) for p in prompts], self.tokenizer)
+        return self.tokenizer(
+            spelled,
+            padding="max_length",
+            truncation=True,
+            max_length=self.tokenizer.model_max_length,
+            return_tensors="pt",
+            return_attention_mask=False,
+        ).input_ids
+
+    @torch.no_grad()
+    def _embed(self, ids: Tensor) -> Tensor:
+        """The text encoder's last hidden state, ``[batch, token, dim]``."""
+        mask = None
+        if getattr(self.text_encoder.config, "use_attention_mask", False):
+            mask = (ids != self.tokenizer.pad_token_id).long().to(self.device)
+        return self.text_encoder(ids.to(self.device), attention_mask=mask)[0].to(self.dtype)
+
+    def encode(self, prompts: list[str]) -> Condition:
+        """Encode prompts, ``tokens [batch, 77, dim]``; the empty string gives the null condition, bit for bit.
+
+        Prompts longer than the encoder's window are cut; see :meth:`dropped`.
+        """
+        null = self._null_ids
+        if self._null is None:
+            # Encoded alone and once: in a batch the same text comes out different in the last bits, and an empty prompt's
+            # score would not be exactly 0.
+            self._null = self._embed(null)
+        if not prompts:
+            return Condition(self._null[:0])
+        ids = self._ids(prompts)
+        tokens = torch.cat([self._embed(part) for part in ids.split(TEXT_BATCH)])
+        blank = (ids == null).all(1).to(tokens.device)
+        return Condition(torch.where(blank[:, None, None], self._null, tokens))
+
+    @property
+    def _null_ids(self) -> Tensor:
+        return self._ids([""])
+
+    def _content(self, prompt: str) -> list[int]:
+        """All of a prompt's token ids, without start, end and padding, however long it is."""
+        spelled = self._spelled_out([_clean(prompt)], self.tokenizer)[0]
+        return self.tokenizer(spelled, add_special_tokens=False, verbose=False).input_ids
+
+    @property
+    def _room(self) -> int:
+        """How many tokens fit beside start and end."""
+        return self.tokenizer.model_max_length - self.tokenizer.num_special_tokens_to_add()
+
+    def tokens(self, prompt: str) -> list[str]:
+        """The tokens the encoder sees, in order, without start, end and padding."""
+        seen = self._content(prompt)[: self._room]
+        return [token.removesuffix("</w>") for token in self.tokenizer.convert_ids_to_tokens(seen)]
+
+    def dropped(self, prompt: str) -> int:
+        """How many tokens at the prompt's end the encoder cannot see (0: none)."""
+        return max(0, len(self._content(prompt)) - self._room)
+
+    # The denoiser
+
+    def output(self, x: Latents, t: Tensor, cond: Condition | None) -> Latents:
+        """The UNet's raw output (ε, v or x₀), in its own dtype; differentiable in ``x`` and ``cond.tokens``."""
+        if cond is None:
+            raise UsageError(f"{self.name} needs a condition; use encode(['']) for the empty prompt.")
+        self.forwards += len(x)
+        tokens = cond.tokens.to(self.device, self.dtype)
+        return self.unet(x.to(self.device, self.dtype), t, encoder_hidden_states=tokens, return_dict=False)[0]
+
+
+def _clean(prompt: str) -> str:
+    """The prompt, if it is text that can be written down."""
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as e:
+        raise UsageError(f"prompt {prompt[:40]!r} has a broken character at position {e.start}; save it as UTF-8.") from None
+    return prompt

@@ -1,0 +1,476 @@
+"""The run folder: append, resume, merge, export.
+
+    runs/v2/
+      run.json         the manifest; replaced atomically
+      samples.jsonl    one line per sample, appended batch by batch (shard 3 of several: samples-3.jsonl)
+      images/<id>.webp
+
+The JSON lines are the truth. A process may be killed at any instant: what is lost is the batch that was running. A last line
+that does not parse or has no line break is a torn write: it is no result, and the next writer cuts it off.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from filelock import FileLock, Timeout
+from pydantic import ValidationError
+
+from ..errors import RunError
+from .schema import FORMAT, Manifest, Row
+
+if TYPE_CHECKING:
+    import pyarrow
+
+__all__ = ["Run", "Writer", "differences", "digest", "free_folder", "sample_id"]
+
+
+def digest(value: Any) -> str:
+    """Twenty hexadecimal digits that stand for a plain value: SHA-256 of its canonical JSON."""
+    canonical = json.dumps(value, sort_keys=True, ensure_ascii=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()[:20]
+
+
+def sample_id(prompt: str, seed: int, setting: dict[str, Any] | str) -> str:
+    """The content-addressed id of one sample.
+
+    Args:
+        prompt: The prompt's text.
+        seed: The seed's number within the run, from 0.
+        setting: Everything else the scores depend on, as plain values; or its :func:`digest`, which is what a loop over many
+            samples should hand in.
+
+    Returns:
+        Twenty hexadecimal digits, the same on every machine, in every order, for every batch size.
+    """
+    return digest([prompt, seed, setting if isinstance(setting, str) else digest(setting)])
+
+
+def differences(stored: Any, asked: Any, path: str = "") -> list[str]:
+    """Where two plain values differ, as ``key: was 7.5, now 3``, nested keys joined by dots."""
+    if isinstance(stored, dict) and isinstance(asked, dict):
+        keys = sorted(stored.keys() | asked.keys())
+        return [d for k in keys for d in differences(stored.get(k), asked.get(k), f"{path}.{k}" if path else k)]
+    # Through JSON, so that a tuple equals the list it becomes on disk.
+    was, now = (json.dumps(v, sort_keys=True, default=str) for v in (stored, asked))
+    return [] if was == now else [f"{path}: was {_short(was)}, now {_short(now)}"]
+
+
+def free_folder(folder: str | Path) -> Path:
+    """``folder`` if nothing is there yet, else the first of ``folder-2``, ``folder-3``, …: where a fresh start may write."""
+    folder, n = Path(folder), 1
+    free = folder
+    while free.exists():
+        n += 1
+        free = folder.with_name(f"{folder.name}-{n}")
+    return free
+
+
+class Run:
+    """A run folder, for reading. To write, take a :class:`Writer`.
+
+    Args:
+        folder: A folder that holds ``run.json``.
+
+    Raises:
+        RunError: there is no run, or it cannot be read.
+    """
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+        self.manifest = self._read_manifest()
+
+    def __repr__(self) -> str:
+        return f"Run({str(self.folder)!r}, {self.manifest.status}, {self.manifest.asked} samples asked)"
+
+    @classmethod
+    def exists(cls, folder: str | Path) -> bool:
+        """Whether a folder holds a run."""
+        return (Path(folder) / "run.json").is_file()
+
+    @classmethod
+    def open(cls, folder: str | Path, manifest: Manifest) -> Run:
+        """The run in ``folder``; a new one with this manifest where there is none. Safe for several processes at once.
+
+        Raises:
+            RunError: the folder holds something else, or cannot be written.
+        """
+        folder = Path(folder)
+        with _explained(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        with _lock(folder, "manifest", wait=30):
+            if not cls.exists(folder):
+                strangers = sorted(p.name for p in folder.iterdir() if not p.name.startswith("."))
+                if strangers:
+                    raise RunError(f"{folder} holds {strangers[0]!r} and no run; choose a new folder for the run.")
+                with _explained(folder):
+                    _replace(folder / "run.json", _pretty(manifest))
+        return cls(folder)
+
+    # The manifest ---------------------------------------------------------------------------------------------------------
+
+    def update(self, **changes: Any) -> Manifest:
+        """Change fields of the manifest on disk: read, change and replace it under a lock, so that shards may all do it.
+
+        ``forwards`` is a count to add, since every process knows only its own share; everything else is set.
+        """
+        with _lock(self.folder, "manifest", wait=30), _explained(self.folder):
+            stored = self._read_manifest()
+            changes["forwards"] = stored.forwards + changes.get("forwards", 0)
+            self.manifest = Manifest.model_validate(stored.model_dump() | changes)
+            _replace(self.folder / "run.json", _pretty(self.manifest))
+        return self.manifest
+
+    def _read_manifest(self) -> Manifest:
+        path = self.folder / "run.json"
+        try:
+            content = json.loads(path.read_bytes())
+        except (FileNotFoundError, NotADirectoryError):
+            raise RunError(f"{self.folder} holds no run (no run.json); give the folder that an audit wrote.") from None
+        except (OSError, ValueError, RecursionError) as e:
+            raise RunError(f"{path} cannot be read ({e}); restore it, or start over in a new folder.") from e
+        if isinstance(content, dict) and isinstance(content.get("format"), int) and content["format"] > FORMAT:
+            raise RunError(
+                f"{path} has format {content['format']}, and this version reads up to {FORMAT}; update mnemoscope."
+            )
+        try:
+            return Manifest.model_validate(content)
+        except ValidationError as e:
+            raise RunError(f"{path} is not a manifest ({_first(e)}); restore it, or start over in a new folder.") from e
+
+    # The rows -------------------------------------------------------------------------------------------------------------
+
+    def files(self) -> list[Path]:
+        """The files that hold rows: ``samples.jsonl``, then shards in the order of their numbers."""
+        found = ((re.fullmatch(r"samples(?:-(\d+))?\.jsonl", p.name), p) for p in self.folder.iterdir())
+        return [p for _, p in sorted((int(m[1] or -1), p) for m, p in found if m)]
+
+    def outcomes(self) -> dict[str, str]:
+        """Status (``ok`` or ``error``) of every sample that has a row; ``ok`` wins over failed attempts."""
+        found: dict[str, str] = {}
+        for line in self._lines():
+            if found.get(line.head["id"]) != "ok":
+                found[line.head["id"]] = line.head["status"]
+        return found
+
+    def finished(self) -> set[str]:
+        """Ids of the samples that are known. Failed ones are not: repeating the command tries them again."""
+        return {key for key, status in self.outcomes().items() if status == "ok"}
+
+    def rows(self) -> Iterator[Row]:
+        """Every sample once, in the order of the files, one row in memory at a time.
+
+        Of several rows with one id, the first that is ok counts, or the last failure where none is.
+
+        Raises:
+            RunError: a line that is not the last of its file is damaged; the message names file and line.
+        """
+        for line in self._winners():
+            try:
+                yield Row.model_validate_json(line.raw)
+            except ValidationError as e:
+                raise _damaged(line.path, line.number, _first(e)) from e
+
+    def _lines(self) -> Iterator[_Line]:
+        for path in self.files():
+            yield from _sound_lines(path)
+
+    def _winners(self) -> Iterator[_Line]:
+        # Two passes over the files: memory holds an id and a number per sample, never a second row.
+        best: dict[str, tuple[bool, int]] = {}
+        for i, line in enumerate(self._lines()):
+            ok, _ = best.get(line.head["id"], (False, i))
+            if not ok:
+                best[line.head["id"]] = (line.head["status"] == "ok", i)
+        for i, line in enumerate(self._lines()):
+            if best.get(line.head["id"], (False, -1))[1] == i:
+                yield line
+
+    # Several folders ------------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def merge(cls, folder: str | Path, runs: Sequence[Run]) -> Run:
+        """One run from several folders with the same settings, such as shards that were made on several machines.
+
+        Args:
+            folder: A new folder.
+            runs: The runs; where two hold the same sample, the first that is ok counts.
+
+        Raises:
+            RunError: the runs have different settings (named), or the folder is not new.
+        """
+        if not runs:
+            raise RunError("there is no run to merge; name at least one run folder.")
+        first = runs[0].manifest
+        for other in runs[1:]:
+            if found := differences(first.setting, other.manifest.setting):
+                raise RunError(
+                    f"{runs[0].folder} and {other.folder} were made under different settings ({found[0]}); merge runs of one setting."
+                )
+        if cls.exists(folder):
+            raise RunError(f"{folder} already holds a run; merge into a new folder.")
+        notes = list(dict.fromkeys(note for run in runs for note in run.manifest.notes))
+        asked = max(run.manifest.asked for run in runs)
+        forwards = sum(run.manifest.forwards for run in runs)
+        merged = cls.open(
+            folder, first.model_copy(update={"status": "running", "asked": asked, "forwards": forwards, "notes": notes})
+        )
+        for i, run in enumerate(runs):
+            with Writer(merged, i) as out:
+                for line in run._winners():
+                    out.append_lines(line.raw)
+            if (run.folder / "images").is_dir():
+                with _explained(merged.folder):
+                    shutil.copytree(run.folder / "images", merged.folder / "images", dirs_exist_ok=True)
+        merged.update(status="done" if len(merged.finished()) >= asked else "incomplete")
+        return merged
+
+    # Exports --------------------------------------------------------------------------------------------------------------
+
+    def to_table(self) -> pyarrow.Table:
+        """All rows as an Arrow table (``.to_pandas()`` gives a data frame); a score is a column named after its detector."""
+        import pyarrow as pa
+
+        schema = self._schema(lists=True)
+        return pa.Table.from_batches(self._record_batches(schema), schema)
+
+    def to_parquet(self, path: str | Path) -> Path:
+        """Write all rows to a Parquet file, a bounded number of rows in memory at a time."""
+        import pyarrow.parquet as pq
+
+        schema = self._schema(lists=True)
+        with _explained(Path(path).parent), _whole(Path(path)) as half, pq.ParquetWriter(half, schema) as out:
+            for batch in self._record_batches(schema):
+                out.write_batch(batch)
+        return Path(path)
+
+    def to_csv(self, path: str | Path) -> Path:
+        """Write all rows to a CSV file (UTF-8). Per-step values are lists and have no place in CSV: see :meth:`to_parquet`."""
+        from pyarrow import csv
+
+        schema = self._schema(lists=False)
+        with _explained(Path(path).parent), _whole(Path(path)) as half, csv.CSVWriter(half, schema) as out:
+            for batch in self._record_batches(schema):
+                out.write_batch(batch)
+        return Path(path)
+
+    def _schema(self, *, lists: bool) -> pyarrow.Schema:
+        import pyarrow as pa
+
+        detectors = sorted({name for line in self._lines() for name in line.head.get("scores", {})})
+        score = [(name, pa.float64()) for name in detectors] + [(f"{name}.space", pa.string()) for name in detectors]
+        steps = [(f"{name}.per_step", pa.list_(pa.float64())) for name in detectors] if lists else []
+        return pa.schema(
+            [(k, pa.string()) for k in ("id", "prompt_id", "prompt")]
+            + [("seed", pa.int64()), ("status", pa.string()), ("group", pa.string()), ("label", pa.bool_())]
+            + [*score, *steps]
+            + [
+                ("nearest.reference", pa.string()),
+                ("nearest.similarity", pa.float64()),
+                ("nearest.descriptor", pa.string()),
+            ]
+            + [("nearest.threshold", pa.float64()), ("nearest.copy_found", pa.bool_()), ("image", pa.string())]
+            + [("forwards", pa.int64()), ("tokens_dropped", pa.int64()), ("seconds", pa.float64())]
+            + [("error", pa.string()), ("note", pa.string())]
+        )
+
+    def _record_batches(self, schema: pyarrow.Schema, size: int = 1024) -> Iterator[pyarrow.RecordBatch]:
+        import pyarrow as pa
+
+        flat: list[dict[str, Any]] = []
+        for row in self.rows():
+            flat.append(_flat(row))
+            if len(flat) == size:
+                yield pa.RecordBatch.from_pylist(flat, schema)
+                flat = []
+        if flat:
+            yield pa.RecordBatch.from_pylist(flat, schema)
+
+
+class Writer:
+    """Appends to one file of a run; a context manager that holds the file's lock.
+
+    The lock belongs to the operating system: it ends with the process, however the process ends, so nobody ever has to
+    delete a stale one.
+
+    Args:
+        run: The run.
+        shard: Number of the shard to write; None: the whole run (``samples.jsonl``).
+
+    Raises:
+        RunError: another process is writing this file, or the disk is full; what was written before stays readable.
+    """
+
+    def __init__(self, run: Run, shard: int | None = None):
+        self.run = run
+        self.path = run.folder / ("samples.jsonl" if shard is None else f"samples-{shard}.jsonl")
+        self._lock = FileLock(run.folder / f".lock-{self.path.stem}", timeout=0)
+
+    def __enter__(self) -> Writer:
+        try:
+            self._lock.acquire()
+        except Timeout:
+            raise RunError(
+                f"{self.run.folder} is being written by another process; wait for it to end, or choose another folder."
+            ) from None
+        try:
+            with _explained(self.run.folder):
+                self.path.touch()
+                self._end = max((line.end for line in _sound_lines(self.path)), default=0)
+                self._file = os.open(self.path, os.O_WRONLY | os.O_APPEND)
+                os.ftruncate(self._file, self._end)  # a torn line of the process before us
+        except BaseException:
+            self._lock.release()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self._file)
+        self._lock.release()
+
+    def append(self, rows: Sequence[Row]) -> None:
+        """Append rows, in one write, and wait until the disk has them."""
+        self.append_lines("".join(row.model_dump_json(exclude_none=True) + "\n" for row in rows).encode())
+
+    def append_lines(self, data: bytes) -> None:
+        """Append whole lines as they are."""
+        with _explained(self.run.folder):
+            try:
+                _write(self._file, data)
+                os.fsync(self._file)
+            except OSError:
+                os.ftruncate(self._file, self._end)  # half a batch is no batch
+                raise
+        self._end += len(data)
+
+    def save(self, name: str, data: bytes) -> str:
+        """Write a file of the run (such as ``images/<id>.webp``) at once or not at all; returns its name."""
+        with _explained(self.run.folder):
+            path = self.run.folder / name
+            path.parent.mkdir(exist_ok=True)
+            _replace(path, data)
+        return name
+
+
+# Lines --------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Line:
+    path: Path
+    number: int
+    raw: bytes
+    head: dict[str, Any]
+    end: int  # offset of the first byte after the line
+
+
+def _sound_lines(path: Path) -> Iterator[_Line]:
+    """The lines of a file. Damage is forgiven where nothing follows it, because that is what a kill leaves behind."""
+    damage: RunError | None = None
+    end = 0
+    with path.open("rb") as file:
+        for number, raw in enumerate(file, 1):
+            if damage is not None:
+                raise damage
+            end += len(raw)
+            try:
+                head = json.loads(raw)
+                sound = raw.endswith(b"\n") and isinstance(head["id"], str) and head["status"] in ("ok", "error")
+            except (ValueError, TypeError, KeyError, RecursionError):
+                sound = False
+            if sound:
+                yield _Line(path, number, raw, head, end)
+            else:
+                damage = _damaged(path, number, "it does not parse")
+
+
+def _damaged(path: Path, number: int, why: str) -> RunError:
+    return RunError(
+        f"line {number} of {path} is damaged ({why}); delete that line and repeat the command: only its sample is computed again."
+    )
+
+
+def _flat(row: Row) -> dict[str, Any]:
+    flat = row.model_dump(exclude={"scores", "nearest"})
+    for name, score in row.scores.items():
+        flat |= {name: score.value, f"{name}.space": score.space, f"{name}.per_step": score.per_step}
+    if row.nearest is not None:
+        flat |= {f"nearest.{k}": v for k, v in row.nearest.model_dump().items()}
+    return flat
+
+
+# Bytes --------------------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _explained(folder: Path) -> Iterator[None]:
+    """Turn what the disk says into a sentence."""
+    try:
+        yield
+    except OSError as e:
+        if e.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise RunError(
+                f"the disk that holds {folder} is full; everything written so far is kept: free some space, and the same command continues."
+            ) from e
+        raise RunError(f"{folder} cannot be written ({e.strerror or e}); choose a folder you may write to.") from e
+
+
+@contextmanager
+def _lock(folder: Path, name: str, wait: float) -> Iterator[None]:
+    try:
+        with FileLock(folder / f".lock-{name}", timeout=wait):
+            yield
+    except Timeout:
+        raise RunError(
+            f"{folder} has been locked by another process for {wait:g} seconds; wait for it to end."
+        ) from None
+
+
+@contextmanager
+def _whole(path: Path) -> Iterator[str]:
+    """A path to write to; it becomes ``path`` only when all is written."""
+    half = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        yield str(half)
+        os.replace(half, path)
+    finally:
+        half.unlink(missing_ok=True)
+
+
+def _replace(path: Path, data: bytes) -> None:
+    with _whole(path) as half:
+        file = os.open(half, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+        try:
+            _write(file, data)
+            os.fsync(file)
+        finally:
+            os.close(file)
+
+
+def _write(file: int, data: bytes) -> None:
+    rest = memoryview(data)
+    while rest:
+        rest = rest[os.write(file, rest) :]
+
+
+def _pretty(manifest: Manifest) -> bytes:
+    return (manifest.model_dump_json(indent=2) + "\n").encode()
+
+
+def _first(error: ValidationError) -> str:
+    found = error.errors(include_url=False)[0]
+    return f"{'.'.join(map(str, found['loc'])) or 'content'}: {found['msg']}"
+
+
+def _short(text: str, limit: int = 60) -> str:
+    return text if len(text) <= limit else f"{text[: limit - 1]}…"

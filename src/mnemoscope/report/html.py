@@ -1,0 +1,336 @@
+"""The report: one self-contained page, and the same numbers as Markdown and JSON.
+
+The page has no script and asks nothing of any server: styles and figures are inline, pictures are data URIs, and a content
+security policy holds it to that. Prompts are hostile input; they enter through jinja2's escaping and nowhere else.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from ..errors import RunError, UsageError
+from . import plots
+from .pictures import Picture, Pictures
+from .summary import WORST, Finding, Group, Summary, read_summary
+from .svg import percent, printable
+
+__all__ = ["write_json", "write_markdown", "write_report"]
+
+Folder = str | Path
+SHOWN = 12
+"""How many of the worst prompts are shown with their pictures."""
+SEEDS_SHOWN = 3
+"""How many further seeds of a prompt are shown beside the nearest one."""
+ROWS = 7
+"""How many groups the distribution figure has room for; the smallest of more are drawn together."""
+
+
+def write_report(
+    run_folder: Folder | Sequence[Folder],
+    out: Folder | None = None,
+    reference_pictures: Folder | Mapping[str, Path] | None = None,
+    *,
+    blur: bool = True,
+    shown: int = SHOWN,
+    detector: str | None = None,
+) -> Path:
+    """Write ``report.html``.
+
+    Args:
+        run_folder: A run folder, or several: the page then begins with a table that compares them.
+        out: The file to write; default is ``report.html`` in the run folder (``comparison.html`` in the first of several).
+        reference_pictures: Where reference pictures are when the run did not keep them: a folder whose file names, with or
+            without extension, are the reference ids, or a mapping from ids to files.
+        blur: Blur found copies until they are pointed at, focused or clicked. The blur is a style: whoever has the file has the
+            pictures.
+        shown: How many of the worst prompts are shown with pictures. Memory and page size grow with this, not with the run.
+        detector: Which score; None: the calibrated one.
+
+    Returns:
+        The file that was written.
+
+    Raises:
+        RunError: a folder holds no run or is damaged, or ``out`` cannot be written.
+        UsageError: no run folder was given, or ``shown`` is negative.
+    """
+    folders = _folders(run_folder)
+    if shown < 0:
+        raise UsageError(f"shown = {shown}: give the number of prompts to show with pictures, 0 for none.")
+    references = Path(reference_pictures) if isinstance(reference_pictures, (str, Path)) else reference_pictures
+    views = [_view(folder, references, shown, detector, i) for i, folder in enumerate(folders)]
+    page = _environment().get_template("report.html.jinja").render(views=views, plot_css=Markup(plots.CSS), blur=blur, worst=WORST)
+    return _write(_target(folders, out, "html"), page)
+
+
+def write_markdown(run_folder: Folder | Sequence[Folder], out: Folder | None = None, *, detector: str | None = None) -> Path:
+    """Write the numbers of the report, without pictures, as ``report.md``; arguments and errors as :func:`write_report`."""
+    folders = _folders(run_folder)
+    views = [_facts(folder, detector) for folder in folders]
+    page = _environment(escape=False).get_template("report.md.jinja").render(views=views)
+    return _write(_target(folders, out, "md"), page)
+
+
+def write_json(run_folder: Folder | Sequence[Folder], out: Folder | None = None, *, detector: str | None = None) -> Path:
+    """Write :meth:`Summary.to_dict` as ``report.json`` (a list of them for several runs); otherwise as :func:`write_report`."""
+    folders = _folders(run_folder)
+    found = [read_summary(folder, detector=detector).to_dict() for folder in folders]
+    content = found[0] if len(found) == 1 else found
+    return _write(_target(folders, out, "json"), json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def _folders(run_folder: Folder | Sequence[Folder]) -> list[Path]:
+    folders = [Path(run_folder)] if isinstance(run_folder, (str, Path)) else [Path(f) for f in run_folder]
+    if not folders:
+        raise UsageError("there is no run to report; name at least one run folder.")
+    return folders
+
+
+def _target(folders: Sequence[Path], out: Folder | None, extension: str) -> Path:
+    return Path(out) if out is not None else folders[0] / f"{'report' if len(folders) == 1 else 'comparison'}.{extension}"
+
+
+def _write(path: Path, page: str) -> Path:
+    """All of it or nothing: a reader never sees half a page."""
+    half = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, half = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
+        with os.fdopen(handle, "w", encoding="utf-8", errors="replace", newline="\n") as file:
+            file.write(page)
+        os.chmod(half, 0o644)
+        os.replace(half, path)
+    except OSError as e:
+        if half is not None and os.path.exists(half):
+            os.unlink(half)
+        raise RunError(f"{path} cannot be written ({e.strerror or e}); choose another place with out=.") from e
+    return path
+
+
+# What the templates are given ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Shown:
+    """One of the worst prompts with its pictures: the nearest pair first, then further seeds."""
+
+    rank: int
+    finding: Finding
+    generated: Picture | None
+    reference: Picture | None
+    more: list[tuple[int, Picture]]
+    spark: Markup
+
+
+@dataclass(frozen=True)
+class View:
+    """One run as the templates see it; ``key`` makes anchors of several runs differ."""
+
+    key: str
+    summary: Summary
+    facts: dict[str, Any]
+    shown: list[Shown]
+    figures: dict[str, Markup]
+    bars: dict[str, Markup]
+
+
+def _view(folder: Path, references: Path | Mapping[str, Path] | None, shown: int, detector: str | None, index: int) -> View:
+    facts = _facts(folder, detector)
+    summary: Summary = facts["summary"]
+    pictures = Pictures(folder, references)
+    chosen = [_shown(i + 1, f, pictures) for i, f in enumerate(_worth_showing(summary, shown))]
+    bars = {
+        f"{g.name}/{kind}": plots.interval(share.k, share.n, share.low, share.high)
+        for g in summary.groups
+        for kind, share in (("above", g.above), ("copies", g.copies))
+        if share is not None
+    }
+    return View(f"run{index + 1}", summary, facts, chosen, _figures(summary), bars)
+
+
+def _worth_showing(summary: Summary, count: int) -> list[Finding]:
+    """Prompts with a copy or above threshold; where there are none, the highest scores, so that a reader sees what was there."""
+    hits = [f for f in summary.findings if f.copies or f.above]
+    return (hits or summary.findings[: min(count, 4)])[:count]
+
+
+def _shown(rank: int, finding: Finding, pictures: Pictures) -> Shown:
+    first, *rest = finding.shots or [None]
+    near = None if first is None else first.nearest
+    return Shown(
+        rank,
+        finding,
+        None if first is None else pictures.generated(first),
+        None if near is None else pictures.reference(near),
+        [(s.seed, pictures.generated(s, 128)) for s in rest[:SEEDS_SHOWN] if s is not None and s.image is not None],
+        plots.sparkline([float(v) for v in finding.steps]),
+    )
+
+
+def _facts(folder: Path, detector: str | None) -> dict[str, Any]:
+    """What the reproduction block says, as words."""
+    summary = read_summary(folder, detector=detector)
+    run = summary.manifest
+    return {
+        "summary": summary,
+        "model": str(run.target.get("name") or run.config.get("model") or "the model"),
+        "axis": f"score ({summary.detector}{', ' + summary.space + '-space' if summary.space else ''})",
+        "hashes": {p.name: _sha256(p) for p in _evidence_files(folder)},
+        "target": _flat(run.target),
+        "config": json.dumps(run.config, indent=2, ensure_ascii=False, sort_keys=True, default=str),
+        "machine": _flat(run.machine),
+        "took": _duration(run.started, run.ended),
+    }
+
+
+def _evidence_files(folder: Path) -> list[Path]:
+    named = [folder / "run.json", folder / "thresholds.json", folder / "controls.json"]
+    return sorted(folder.glob("samples*.jsonl")) + [p for p in named if p.exists()]
+
+
+def _sha256(path: Path) -> str:
+    """Of the file as it is now, read in pieces."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """Nested settings as ``outer.inner`` → words."""
+    out: dict[str, str] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping) and value:
+            out |= _flat(value, f"{prefix}{key}.")
+        else:
+            out[f"{prefix}{key}"] = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+    return out
+
+
+def _duration(started: str, ended: str | None) -> str:
+    """``1 h 02 min``, or nothing when the run does not say."""
+    try:
+        seconds = round((datetime.fromisoformat(ended or "") - datetime.fromisoformat(started)).total_seconds())
+    except (ValueError, TypeError):
+        return ""
+    hours, minutes, seconds = seconds // 3600, seconds // 60 % 60, seconds % 60
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {seconds:02d} s" if minutes else f"{seconds} s"
+
+
+# Figures ------------------------------------------------------------------------------------------------------------------
+
+
+def _figures(summary: Summary) -> dict[str, Markup]:
+    """The figures this run has data for, by name."""
+    axis = f"{summary.detector} ({summary.space}-space)" if summary.space else str(summary.detector)
+    out: dict[str, Markup] = {}
+    if any(f.score is not None for f in summary.findings):
+        out["distribution"] = plots.distribution(_series(summary), _limit(summary), f"score: {axis}")
+    if any(len(f.steps) > 1 for f in summary.findings):
+        out["steps"] = plots.steps(_bundles(summary), _singles(summary), axis)
+    doses = [_dose(g) for g in summary.groups if g.dose is not None and g.copies is not None]
+    if len(doses) > 1:
+        out["doses"] = plots.dose_response(doses)
+    if summary.discrimination:
+        curves = [
+            plots.Curve(f"{d.name}: AUC {d.auc.value:.3f} ({d.auc.low:.3f}–{d.auc.high:.3f})", d.roc.fpr.tolist(), d.roc.tpr.tolist())
+            for d in summary.discrimination
+        ]
+        out["roc"] = plots.roc(curves)
+    return out
+
+
+def _limit(summary: Summary) -> plots.Threshold | None:
+    t = summary.thresholds
+    if t is None:
+        return None
+    low, high = (float("-inf") if t.interval[0] is None else t.interval[0]), (float("inf") if t.interval[1] is None else t.interval[1])
+    return plots.Threshold(t.threshold, low, high, t.fpr)
+
+
+def _series(summary: Summary) -> list[plots.Series]:
+    ordinary = [plots.Series("ordinary prompts", summary.thresholds.scores, kind="plain")] if summary.thresholds else []
+    return ordinary + [plots.Series(name, _scores(members), _scores(f for f in members if f.copies)) for name, members in _parts(summary)]
+
+
+def _parts(summary: Summary) -> list[tuple[str, list[Finding]]]:
+    """Audited prompts by group, in the order of the group table; the smallest groups together when there are many."""
+    scored = [f for f in summary.findings if f.score is not None]
+    if not summary.groups:
+        return [("audited prompts", scored)]
+    by_size = sorted(summary.groups, key=lambda g: g.prompts, reverse=True)
+    kept = {g.name for g in (by_size if len(by_size) <= ROWS else by_size[: ROWS - 1])}
+    parts = [(g.name, [f for f in scored if _name(f) == g.name]) for g in summary.groups if g.name in kept]
+    other = [f for f in scored if _name(f) not in kept]
+    return parts + ([(f"{len(by_size) - len(kept)} other groups", other)] if other else [])
+
+
+def _name(finding: Finding) -> str:
+    return finding.group or "(no group)"
+
+
+def _scores(findings: Any) -> list[float]:
+    return [f.score for f in findings if f.score is not None]
+
+
+def _bundles(summary: Summary) -> list[plots.Bundle]:
+    parts = sorted(_parts(summary), key=lambda part: len(part[1]), reverse=True)[:6]
+    return [plots.Bundle(name, [f.steps.tolist() for f in members]) for name, members in parts]
+
+
+def _singles(summary: Summary) -> list[plots.Bundle]:
+    return [plots.Bundle(printable(f.prompt[:60]), [f.steps.tolist()]) for f in summary.findings[:3] if f.copies or f.above]
+
+
+def _dose(group: Group) -> plots.Dose:
+    assert group.dose is not None
+    assert group.copies is not None
+    return plots.Dose(group.dose, group.copies.k, group.copies.n, group.copies.low, group.copies.high)
+
+
+# Words for the templates --------------------------------------------------------------------------------------------------
+
+
+def _environment(*, escape: bool = True) -> Environment:
+    env = Environment(
+        loader=PackageLoader("mnemoscope.report"),
+        autoescape=escape,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        finalize=lambda value: printable(value) if type(value) is str else value,
+    )
+    env.filters |= {"short": _short, "clip": _clip, "percent": percent, "md": _md, "keep": _keep}
+    return env
+
+
+def _short(value: float | None) -> str:
+    """Three significant digits, or a dash."""
+    return "–" if value is None else f"{value:.3g}"
+
+
+def _clip(words: str, length: int) -> str:
+    return words if len(words) <= length else f"{words[:length]}… ({len(words):,} characters)"
+
+
+def _keep(words: str) -> str:
+    """A number stays with its percent sign at a line's end."""
+    return words.replace(" %", "\u00a0%")
+
+
+def _md(words: str) -> str:
+    """Text that Markdown shows as it stands, on one line."""
+    escaped = "".join(f"\\{c}" if c in r"\`*_{}[]<>()#+-.!|~&$" else c for c in " ".join(printable(str(words)).split()))
+    return escaped

@@ -1,0 +1,107 @@
+"""Thumbnails as a descriptor: small, permissive, good enough to tell copies apart at 64 px.
+
+Two pictures are compared by the cosine of their 16 × 16 RGB box thumbnails after the mean colour is removed. That forgives
+an autoencoder's blur and small noise, and nothing else: it does not see through mirroring, cropping or turning.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from ..errors import UsageError
+
+Pictures = Float[Tensor, "batch 3 height width"]
+
+
+class Pixels:
+    """Mean-free ``side`` × ``side`` RGB thumbnails, unit length; similarity is their dot product, in [−1, 1]."""
+
+    def __init__(self, side: int = 16):
+        self.side = side
+
+    @property
+    def name(self) -> str:
+        """Stored with every number this descriptor gives."""
+        return f"pixels-{self.side}"
+
+    def __call__(self, images: Pictures) -> Float[Tensor, "batch dim"]:
+        """Descriptors of pictures in [0, 1] of any size; float32, rows of unit length (zero for a plain card)."""
+        if min(images.shape[-2:]) < self.side:
+            raise UsageError(f"{self.name} needs pictures of at least {self.side} px; got {tuple(images.shape[-2:])}.")
+        small = F.adaptive_avg_pool2d(images.float(), self.side).flatten(2)
+        return F.normalize((small - small.mean(2, keepdim=True)).flatten(1), dim=1)
+
+
+@dataclass(frozen=True)
+class Match:
+    """The nearest reference of one picture."""
+
+    reference: str
+    similarity: float
+    descriptor: str
+    threshold: float | None
+    copy_found: bool | None
+
+
+class ReferenceSet:
+    """Pictures a copy could be of, held as descriptors.
+
+    Args:
+        ids: One name per picture.
+        vectors: Descriptors, ``[n, dim]``, unit length.
+        descriptor: What made them.
+        threshold: Similarity from which two pictures are called copies; None until calibrated.
+    """
+
+    def __init__(self, ids: Sequence[str], vectors: Tensor, descriptor: Pixels, threshold: float | None = None):
+        if len(ids) != len(vectors):
+            raise UsageError(f"{len(ids)} ids for {len(vectors)} descriptors; give one id per picture.")
+        self.ids, self.vectors, self.descriptor, self.threshold = list(ids), vectors, descriptor, threshold
+
+    @classmethod
+    def of(cls, ids: Sequence[str], images: Pictures, descriptor: Pixels | None = None) -> ReferenceSet:
+        """From pictures in [0, 1]."""
+        descriptor = descriptor or Pixels()
+        return cls(ids, descriptor(images), descriptor)
+
+    @property
+    def name(self) -> str:
+        """The descriptor's name."""
+        return self.descriptor.name
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def similarities(self, images: Pictures) -> Float[Tensor, "batch n"]:
+        """Every picture against every reference."""
+        return self.descriptor(images) @ self.vectors.T
+
+    def calibrate(self, different: Pictures, *, fmr: float = 0.01) -> float:
+        """Set and return the similarity that the *nearest* reference of a different picture reaches with probability ``fmr``.
+
+        ``different`` are pictures known not to be in the set. The whole search is calibrated, not one pair, because a set of
+        thousands finds something similar to anything.
+        """
+        nearest = self.similarities(different).max(1).values
+        self.threshold = float(torch.quantile(nearest, 1 - fmr, interpolation="higher"))
+        return self.threshold
+
+    def nearest(self, images: Pictures) -> list[Match]:
+        """The most similar reference of each picture; a copy is *above* the calibrated threshold."""
+        best = self.similarities(images).max(1)
+        return [
+            Match(
+                self.ids[i],
+                round(s, 6),
+                self.name,
+                self.threshold,
+                None if self.threshold is None else s > self.threshold,
+            )
+            for s, i in zip(best.values.tolist(), best.indices.tolist(), strict=True)
+        ]

@@ -1,0 +1,152 @@
+"""Tiny models with random weights, built from configs in a fraction of a second each."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when huggingface_hub is imported: no test may reach for the network
+
+import functools
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+OFFICIAL = Path(__file__).parent / "reference" / "official_wen"
+TEXT_KINDS = ("sd", "sd-v", "sd-x0", "sd2")
+IMAGE_KINDS = ("pixel", "gray", "ldm-kl", "ldm-vq")
+
+
+@pytest.fixture(scope="session")
+def official_wen() -> Path:
+    """A tiny Stable-Diffusion-shaped pipeline and the numbers the official code gets on it."""
+    return OFFICIAL
+
+
+@pytest.fixture(scope="session")
+def build_pipe() -> Callable[..., Any]:
+    """``build_pipe(kind, seed=0)``: a fresh diffusers pipeline of one of TEXT_KINDS or IMAGE_KINDS."""
+    return build
+
+
+@pytest.fixture(scope="session")
+def target_of() -> Callable[[str], Any]:
+    """``target_of(kind)``: a target on such a pipeline, made once and shared; do not change it."""
+    return functools.cache(lambda kind: wrap(build(kind)))
+
+
+def wrap(pipe: Any, **options: Any) -> Any:
+    from mnemoscope.models.load import build as adapt
+    from mnemoscope.models.host import Origin
+
+    return adapt(pipe, Origin(name="tiny"), **options)
+
+
+def build(kind: str, seed: int = 0) -> Any:
+    import torch
+
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        torch.manual_seed(seed)
+        return _text_pipe(kind) if kind in TEXT_KINDS else _image_pipe(kind)
+
+
+def _text_pipe(kind: str) -> Any:
+    from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+    two = kind == "sd2"
+    tokenizer = CLIPTokenizer.from_pretrained(OFFICIAL / "model" / "tokenizer", **({"pad_token": "!"} if two else {}))
+    text = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=3 if two else 2,
+        num_attention_heads=2,
+        hidden_act="gelu" if two else "quick_gelu",
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    channels, factor = (8, 8) if two else (4, 2)
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        in_channels=channels,
+        out_channels=channels,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        norm_num_groups=4,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=16,
+        attention_head_dim=[2, 4] if two else 4,
+        use_linear_projection=two,
+    )
+    scheduler = DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+        prediction_type={"sd": "epsilon", "sd-x0": "sample"}.get(kind, "v_prediction"),
+    )
+    return StableDiffusionPipeline(
+        vae=_kl(channels, factor),
+        text_encoder=CLIPTextModel(text).eval(),
+        tokenizer=tokenizer,
+        unet=unet.eval(),
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+def _image_pipe(kind: str) -> Any:
+    from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, LDMPipeline, UNet2DModel, VQModel
+
+    channels = {"gray": 1}.get(kind, 3)
+    unet = UNet2DModel(
+        sample_size=8,
+        in_channels=channels,
+        # The grey one learns its variance, as improved DDPMs do: twice the channels come out.
+        out_channels=2 if kind == "gray" else channels,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        norm_num_groups=4,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        attention_head_dim=4,
+    ).eval()
+    if kind in ("pixel", "gray"):
+        return DDPMPipeline(unet=unet, scheduler=DDPMScheduler())
+    if kind == "ldm-kl":
+        vae = _kl(channels, 2)
+    else:
+        vae = VQModel(
+            block_out_channels=(8, 8),
+            layers_per_block=1,
+            norm_num_groups=4,
+            latent_channels=3,
+            num_vq_embeddings=16,
+            down_block_types=("DownEncoderBlock2D",) * 2,
+            up_block_types=("UpDecoderBlock2D",) * 2,
+        ).eval()
+    return LDMPipeline(vqvae=vae, unet=unet, scheduler=DDIMScheduler(clip_sample=False, beta_schedule="scaled_linear"))
+
+
+def _kl(channels: int, factor: int) -> Any:
+    from diffusers import AutoencoderKL
+
+    blocks = factor.bit_length()
+    return AutoencoderKL(
+        block_out_channels=(8,) * blocks,
+        layers_per_block=1,
+        norm_num_groups=4,
+        latent_channels=channels,
+        down_block_types=("DownEncoderBlock2D",) * blocks,
+        up_block_types=("UpDecoderBlock2D",) * blocks,
+        sample_size=8 * factor,
+    ).eval()
