@@ -38,8 +38,8 @@ def target_of() -> Callable[[str], Any]:
 
 
 def wrap(pipe: Any, **options: Any) -> Any:
-    from mnemoscope.models.load import build as adapt
     from mnemoscope.models.host import Origin
+    from mnemoscope.models.load import build as adapt
 
     return adapt(pipe, Origin(name="tiny"), **options)
 

@@ -64,7 +64,32 @@ if TYPE_CHECKING:
     from .similarity.pixels import ReferenceSet as ReferenceSet
     from .types import Step as Step
 
-__all__ = sorted([*_HOME, "__version__"])
+__all__ = [
+    "AuditConfig",
+    "Calibration",
+    "Condition",
+    "Gaussian",
+    "Magnitude",
+    "Mixture",
+    "MnemoscopeError",
+    "Pixels",
+    "ReferenceSet",
+    "Run",
+    "Step",
+    "Target",
+    "World",
+    "__version__",
+    "calibrate",
+    "check",
+    "denoise",
+    "load",
+    "magnitude",
+    "null_output",
+    "run_audit",
+    "summarize",
+    "watch",
+    "write_report",
+]
 
 
 def __getattr__(name: str) -> Any:

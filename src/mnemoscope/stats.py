@@ -19,8 +19,7 @@ from typing import TypeAlias
 
 import numpy as np
 from jaxtyping import Float, Int
-from scipy.stats import beta, binomtest, false_discovery_control, quantile_test
-from sklearn.metrics import auc as area
+from scipy.stats import beta, binomtest, false_discovery_control, quantile_test, rankdata
 from sklearn.metrics import roc_curve
 
 from .errors import UnknownName, UsageError
@@ -116,8 +115,11 @@ def auc(scores: Numbers, labels: Numbers) -> float:
 
     Never flipped: below 0.5 means that the score points the wrong way.
     """
-    curve = roc(scores, labels)
-    return float(area(curve.fpr, curve.tpr))
+    scores, labels = _labelled(scores, labels)
+    positives = int(labels.sum())
+    # Mann & Whitney's U, not a trapezoid sum: ranks are whole or half, so that perfect is exactly 1.
+    u = rankdata(scores)[labels].sum() - positives * (positives + 1) / 2
+    return float(u / (positives * (len(labels) - positives)))
 
 
 def tpr_at_fpr(scores: Numbers, labels: Numbers, fpr: float = 0.01) -> float:

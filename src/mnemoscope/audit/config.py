@@ -5,8 +5,7 @@ Defaults are written here and nowhere else. The docstring under a setting is its
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,7 +16,7 @@ from ..errors import UnknownName, UsageError
 from ..records.store import digest
 from .prompts import Columns, Prompt, PromptSet, read_prompts
 
-__all__ = ["AuditConfig", "DetectorSpec", "Plan", "PromptSource"]
+__all__ = ["AuditConfig", "DetectorSpec", "PromptSource"]
 
 
 def _setting(default: Any, allowed: str, **limits: Any) -> Any:
@@ -66,7 +65,9 @@ class PromptSource(_Settings):
         source: str | list[Any] | None = self.path if self.items is None else self.items
         if source is None or (self.path is not None and self.items is not None):
             raise UsageError("prompts needs either a path or a list of items; give one of them.")
-        return read_prompts(source, Columns(self.column, self.id_column, self.group_column, self.label_column), limit=limit)
+        return read_prompts(
+            source, Columns(self.column, self.id_column, self.group_column, self.label_column), limit=limit
+        )
 
     def stored(self) -> dict[str, Any]:
         """As plain values for the manifest: a list is too long to keep twice, so its length and hash stand for it."""
@@ -119,7 +120,9 @@ class AuditConfig(_Settings):
     """Handed to the loader (revision, variant, a fine-tuned UNet, …)."""
     prompts: PromptSource | None = _setting(None, "a file, a list of prompts, or a mapping with a path and columns")
     """The prompts to audit; not needed for a model without text."""
-    detectors: list[DetectorSpec] = _setting([DetectorSpec(name="magnitude")], "a list of detector names, or mappings with a name")
+    detectors: list[DetectorSpec] = _setting(
+        [DetectorSpec(name="magnitude")], "a list of detector names, or mappings with a name"
+    )
     """Detectors; all of them watch one and the same trajectory."""
     seeds: int = _setting(4, "a whole number of 1 or more", ge=1)
     """Generations per prompt, with seeds 0 … n - 1; the first seeds of a larger audit are those of a smaller one."""
@@ -139,9 +142,13 @@ class AuditConfig(_Settings):
     """Reference pictures in which the nearest to each generated one is looked up; needs images."""
     calibration: str | None = _setting(None, "the path of a thresholds.json")
     """Scores of ordinary prompts of the same model, made by ``mnemoscope calibrate``."""
+    accept_threshold: bool = _setting(False, "true or false")
+    """Use the calibration although it was made under another setting; the differences are noted in the run."""
     out: str | None = _setting(None, "the path of a folder")
     """The run folder; by default one under ``runs/`` named after the model and the settings."""
-    dtype: Literal["float32", "float16", "bfloat16"] | None = _setting(None, "'float32', 'float16' or 'bfloat16'")
+    dtype: Literal["float64", "float32", "float16", "bfloat16"] | None = _setting(
+        None, "'float64', 'float32', 'float16' or 'bfloat16'"
+    )
     """Precision of the model; by default chosen by the device."""
     device: str | None = _setting(None, "a device such as cpu, cuda or cuda:1")
     """Where the model runs; by default a GPU if there is one."""
@@ -184,7 +191,9 @@ class AuditConfig(_Settings):
     def _names_differ(cls, value: list[DetectorSpec]) -> list[DetectorSpec]:
         names = [spec.label for spec in value]
         if repeated := [n for n in names if names.count(n) > 1]:
-            raise UsageError(f"two detectors store their scores as {repeated[0]!r}; give one of them another name with `as`.")
+            raise UsageError(
+                f"two detectors store their scores as {repeated[0]!r}; give one of them another name with `as`."
+            )
         if not value:
             raise ValueError("empty")
         return value
@@ -199,7 +208,9 @@ class AuditConfig(_Settings):
         except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as e:
             raise UsageError(f"config file {path} is not YAML ({' '.join(str(e).split())}).") from None
         if not isinstance(content, dict):
-            raise UsageError(f"config file {path} holds {type(content).__name__}; write settings as `name: value`, one per line.")
+            raise UsageError(
+                f"config file {path} holds {type(content).__name__}; write settings as `name: value`, one per line."
+            )
         return cls(**_merged(content, overrides))
 
     def stored(self) -> dict[str, Any]:
@@ -212,66 +223,13 @@ class AuditConfig(_Settings):
         return self.max_errors if isinstance(self.max_errors, int) else int(self.max_errors * asked)
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What an audit will cost, before it starts.
-
-    Attributes:
-        prompts, seeds: The prompts and the seeds of each.
-        samples: Rows that the run will have.
-        forwards: Denoiser forwards of one latent (F), exactly, unless something fails or is finished already.
-        pictures: Pictures that will be decoded.
-        bytes: Disk, roughly.
-        seconds: Time, from a measured time per forward; None: not measured.
-    """
-
-    prompts: int
-    seeds: int
-    samples: int
-    forwards: int
-    pictures: int
-    bytes: int
-    seconds: float | None = None
-
-    @classmethod
-    def of(
-        cls,
-        config: AuditConfig,
-        texts: Sequence[str],
-        *,
-        steps: int,
-        pairs: bool = True,
-        seconds_per_forward: float | None = None,
-        picture_bytes: int = 60_000,
-    ) -> Plan:
-        """Count.
-
-        Args:
-            config: The configuration.
-            texts: The prompts.
-            steps: Steps of each trajectory that will be run.
-            pairs: Every step needs a prediction with and one without the prompt.
-            seconds_per_forward: Measured time of one forward at the batch size in use.
-            picture_bytes: Size of one stored picture.
-        """
-        n, empty = config.seeds, sum(text == "" for text in texts)
-        told = len(texts) - empty
-        # The null prediction of the first step is shared by all prompts; the empty prompt is its own null prediction.
-        shared = pairs and config.seed_mode == "shared" and told > 0
-        per_prompt = (2 if pairs else 1) * steps - (1 if shared else 0)
-        forwards = n * (told * per_prompt + empty * steps + (1 if shared else 0))
-        samples = n * len(texts)
-        row = 450 + 20 * steps * len(config.detectors)
-        disk = n * sum(len(text.encode()) + row for text in texts) + (samples * picture_bytes if config.images else 0)
-        seconds = None if seconds_per_forward is None else forwards * seconds_per_forward
-        return cls(len(texts), n, samples, forwards, samples if config.images else 0, disk, seconds)
-
-
 def _merged(content: dict[Any, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
     given = {k: v for k, v in overrides.items() if v is not None}
     if isinstance(given.get("prompts"), Mapping) and content.get("prompts") is not None:
         stored = content["prompts"]
-        stored = {"path": stored} if isinstance(stored, str) else {"items": stored} if isinstance(stored, list) else stored
+        stored = (
+            {"path": stored} if isinstance(stored, str) else {"items": stored} if isinstance(stored, list) else stored
+        )
         given["prompts"] = {**stored, **given["prompts"]}
     return {str(k): v for k, v in content.items()} | given
 
@@ -292,6 +250,9 @@ def _sentence(error: ValidationError) -> UsageError:
     return UsageError(f"{key} is {_value(first['input'])}, and must be {allowed}.")
 
 
+PARTS: dict[str, type[_Settings]] = {"prompts": PromptSource, "detectors": DetectorSpec}
+
+
 def _find(path: list[str]) -> tuple[type[_Settings], Any, str]:
     """The model and the field a complaint is about, and the field's full name. What pydantic adds to a path is no field."""
     holder: type[_Settings] = AuditConfig
@@ -305,7 +266,7 @@ def _find(path: list[str]) -> tuple[type[_Settings], Any, str]:
             break
         field = known[part]
         key.append(part)
-        holder = {"prompts": PromptSource, "detectors": DetectorSpec}.get(part, holder)
+        holder = PARTS.get(part, holder)
     return holder, field, ".".join(key)
 
 

@@ -1,15 +1,16 @@
 """Can the prompts' wording alone tell the groups apart? The control that belongs beside every AUC.
 
-Published sets of memorized prompts are web-shop titles and the ordinary ones are sentences, so a detector may look perfect
-without having looked at the model. Here is what a reader must see next to it: the AUC of a classifier that knows only the
-text, on folds that never split a family of near-duplicate prompts, and that of a score which is not even trained, the share
-of capitals and digits.
+Published sets of memorized prompts are web-shop titles and the ordinary ones are sentences, so a detector may look
+perfect without having looked at the model. Here is what a reader must see next to it: the AUC of a classifier that knows
+only the text, on folds that never split a family of near-duplicate prompts, and that of a score which is not even
+trained, the share of capitals and digits.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -40,9 +41,10 @@ LARGEST = 10_000
 
 @dataclass(frozen=True)
 class TextBaseline:
-    """What wording alone achieves. ``dataclasses.asdict`` gives plain values to store.
+    """What wording alone achieves; ``controls.json`` of a run holds :meth:`to_json`.
 
     Attributes:
+        prompts: The prompts, in the order of ``scores`` and ``clusters``.
         memorized: Number of prompts labeled so.
         ordinary: Number of the others.
         memorized_clusters: Near-duplicate clusters among them, the number of independent cases.
@@ -50,11 +52,11 @@ class TextBaseline:
         ngrams: Out-of-fold character n-gram classifier; None where there are too few clusters.
         capitals: Share of capitals and digits, untrained and never flipped; None where there are too few clusters.
         reason: Why something is None, in a sentence; else empty.
-        scores: Out-of-fold score of each prompt, in the order given (to ask what a detector adds to it); empty without
-            ``ngrams``.
+        scores: Out-of-fold score of each prompt (to ask what a detector adds to it); empty without ``ngrams``.
         clusters: Near-duplicate cluster of each prompt, for the intervals of the detectors.
     """
 
+    prompts: tuple[str, ...]
     memorized: int
     ordinary: int
     memorized_clusters: int
@@ -64,6 +66,10 @@ class TextBaseline:
     reason: str
     scores: tuple[float, ...]
     clusters: tuple[int, ...]
+
+    def to_json(self) -> str:
+        """Plain values, for readers without this class."""
+        return json.dumps(asdict(self), ensure_ascii=False, allow_nan=False)
 
 
 def text_baseline(
@@ -101,6 +107,7 @@ def text_baseline(
         return separation(score, labels, clusters, fpr=fpr, resamples=resamples, confidence=confidence, seed=seed)
 
     return TextBaseline(
+        prompts=tuple(prompts),
         memorized=int(labels.sum()),
         ordinary=int((~labels).sum()),
         memorized_clusters=groups[0],
@@ -125,8 +132,9 @@ def text_scores(
 ) -> Float[np.ndarray, " prompt"]:
     """Out-of-fold log-odds of *memorized* from the text: logistic regression on TF-IDF of character 1–5-grams.
 
-    Case is kept, because capitals tell a title from a sentence. Each prompt is judged by a model that has seen neither it
-    nor any of its near-duplicates. Both classes weigh the same in every fold, so that log-odds of different folds compare.
+    Case is kept, because capitals tell a title from a sentence. Each prompt is judged by a model that has seen neither
+    it nor any of its near-duplicates. Both classes weigh the same in every fold, so that log-odds of different folds
+    compare.
     """
     model = make_pipeline(
         TfidfVectorizer(analyzer="char_wb", ngram_range=(1, 5), lowercase=False, sublinear_tf=True),
@@ -142,12 +150,12 @@ def capitals_and_digits(prompts: Sequence[str]) -> Float[np.ndarray, " prompt"]:
 
 
 def near_duplicate_clusters(prompts: Sequence[str], *, distance: float = NEAR) -> Int[np.ndarray, " prompt"]:
-    """Families of near-duplicate prompts: average linkage on the cosine distance of character 3–5-grams, cut at ``distance``.
+    """Families of near-duplicate prompts: average linkage of their character 3–5-grams, cut at a cosine ``distance``.
 
-    Prompts that differ in white space only count as one text. Average linkage never joins across the connected components
-    of the graph of near pairs, since an average cannot lie below its smallest term; so it runs in each of them alone, and
-    memory stays bounded: a block of rows, plus the distances within one component. A component of more than ``LARGEST``
-    texts stays one family, which makes folds and intervals cautious rather than bold.
+    Prompts that differ in white space only count as one text. Average linkage never joins across the connected
+    components of the graph of near pairs, since an average cannot lie below its smallest term; so it runs in each of
+    them alone, and memory stays bounded: a block of rows, plus the distances within one component. A component of more
+    than ``LARGEST`` texts stays one family, which makes folds and intervals cautious rather than bold.
 
     Returns:
         The number of each prompt's family, counted from 0 in the order of first appearance.

@@ -79,7 +79,7 @@ class Columns:
 
 def read_prompts(
     source: str | Path | Sequence[Any], columns: Columns = Columns(), *, limit: int | None = None
-) -> PromptSet:  # noqa: B008 (frozen)
+) -> PromptSet:
     """Read a prompt set.
 
     Args:
@@ -144,11 +144,7 @@ def _read(path: Path) -> tuple[_Table, list[str]]:
 def _text(path: Path) -> str:
     """The text of a file. UTF-8, or what its byte-order mark says; nothing is guessed."""
     data = path.read_bytes()
-    for mark, encoding in MARKS.items():
-        if data.startswith(mark):
-            break
-    else:
-        encoding = "utf-8"
+    encoding = next((name for mark, name in MARKS.items() if data.startswith(mark)), "utf-8")
     try:
         text = data.decode(encoding)
     except UnicodeDecodeError as e:

@@ -110,17 +110,29 @@ class World:
         return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
 
     @cached_property
-    def reference(self) -> ReferenceSet:
+    def reference(self) -> WorldReference:
         """Every picture the model was shown, as a calibrated reference set.
 
         The copy threshold is the similarity that the nearest training picture of a *different* picture exceeds in 1 % of
         searches; different pictures are the held-out ones and the planted concepts' other pictures.
         """
         shown = _unique(r.picture for r in self.trained)
-        reference = ReferenceSet.of(shown, self.pictures(shown), Pixels())
+        reference = WorldReference(self, shown, Pixels())
         reference.calibrate(self.pictures(_unique(r.picture for r in self.of("heldout", "twin"))), fmr=0.01)
         return reference
 
 
-def _unique(names: Iterable[str]) -> Sequence[str]:
+class WorldReference(ReferenceSet):
+    """A reference set that can show its pictures, so that a run keeps them beside the copies."""
+
+    def __init__(self, world: World, names: Sequence[str], descriptor: Pixels):
+        super().__init__(names, descriptor(world.pictures(names)), descriptor)
+        self._world = world
+
+    def image(self, reference: str) -> Float[Tensor, "3 height width"]:
+        """The reference picture of that id, in [0, 1]."""
+        return self._world.pictures([reference])[0]
+
+
+def _unique(names: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(names))

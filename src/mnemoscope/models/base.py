@@ -86,10 +86,18 @@ class Target(Protocol):
     guidance: float
     """The guidance scale this model is meant to be used with."""
     latent_shape: tuple[int, int, int]
-    device: torch.device
-    dtype: torch.dtype
     forwards: int
     """Denoiser forwards of one latent so far (F); ``output`` adds its batch size."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the denoiser is."""
+        ...
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Precision of the denoiser."""
+        ...
 
     def identity(self) -> dict[str, Any]:
         """Plain values that say which model this is: weight hashes, adapters, scheduler config, dtype, resolution."""
@@ -131,11 +139,11 @@ class Target(Protocol):
         """``to_space(output(x, t, cond), x, t)``."""
         ...
 
-    def encode_images(self, images: Float[Tensor, "batch 3 height width"]) -> Latents:
+    def encode_images(self, images: Float[Tensor, "batch 3 rows columns"]) -> Latents:
         """x₀ of pictures in [0, 1]: the latents the diffusion model is trained on (the mean, no draw)."""
         ...
 
-    def decode(self, x: Latents) -> Float[Tensor, "batch 3 height width"]:
+    def decode(self, x: Latents) -> Float[Tensor, "batch 3 rows columns"]:
         """Pictures in [0, 1], float32, on the CPU."""
         ...
 

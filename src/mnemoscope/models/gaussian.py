@@ -1,19 +1,22 @@
 """Closed-form models: worlds in which every answer is known.
 
-Data are Gaussian, or a finite mixture of Gaussians, for each prompt; a memorized prompt is one whose spread is 0. No network,
-no weights, yet a whole :class:`~mnemoscope.models.base.Target`, so that every method can be held against a formula first.
+Data are Gaussian, or a finite mixture of Gaussians, for each prompt; a memorized prompt is one whose spread is 0. No
+network, no weights, yet a whole :class:`~mnemoscope.models.base.Target`, so that every method can be held against a
+formula first.
 
 With x_t = α x₀ + σ ε, the posterior mean x̂₀ = E[x₀ | x_t] and the posterior covariance C = Cov[x₀ | x_t], the exact
 
     noise       ε = (x_t − α x̂₀) / σ                 velocity    u = ε − x̂₀
     score       ∇ log p_t(x_t) = −ε / σ              Hessian     ∇² log p_t(x_t) = (α² C / σ² − I) / σ²
 
-follow for any data (Robbins 1956; Efron 2011, Tweedie's formula), so that a world has to know x̂₀ and C only. ∂ε/∂x = −σ·Hessian.
+follow for any data (Robbins 1956; Efron 2011, Tweedie's formula), so that a world has to know x̂₀ and C only. ∂ε/∂x =
+−σ·Hessian.
 
-**The text.** The parameters θ of a prompt's distribution are a linear read-out of its tokens, θ = θ_∅ + Σᵢ wᵢ eᵢ. Word i is one
-token with embedding eᵢ = θ_p − θ_∅ and share wᵢ > 0, Σᵢ wᵢ = 1: what the word adds is known, zeroing its token takes exactly its
-share away, and the empty prompt *is* the null distribution. Everything is differentiable in the tokens. They are as free as the
-distribution itself: whoever optimizes them without a cost can make any picture "memorized".
+**The text.** The parameters θ of a prompt's distribution are a linear read-out of its tokens, θ = θ_∅ + Σᵢ wᵢ eᵢ.
+Word i is one token with embedding eᵢ = θ_p − θ_∅ and share wᵢ > 0, Σᵢ wᵢ = 1: what the word adds is known, zeroing
+its token takes exactly its share away, and the empty prompt *is* the null distribution. Everything is differentiable
+in the tokens. They are as free as the distribution itself: whoever optimizes them without a cost can make any picture
+"memorized".
 
 Everything here needs σ(t) > 0, which holds at each step of each sampler.
 """
@@ -25,6 +28,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import pairwise
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
@@ -46,12 +50,17 @@ Value: TypeAlias = int | float | Tensor
 Theta: TypeAlias = Float[Tensor, "batch dim"]
 """The parameters of each row's distribution."""
 
+Weights: TypeAlias = Sequence[int | float] | Tensor
+"""One number for each component of a mixture."""
+
 BETAS: dict[str, tuple[str, float, float]] = {
     "stable-diffusion": ("scaled_linear", 0.00085, 0.012),
     "latent-diffusion": ("scaled_linear", 0.0015, 0.0195),
     "ddpm": ("linear", 0.0001, 0.02),
 }
 TRAIN_STEPS = 1000
+CLEAN = -1
+"""The timestep of clean data in eps-space."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,18 +69,22 @@ class Options:
 
     Attributes:
         latent_shape: Channel, height, width of x.
-        space: ``"eps"``: variance-preserving diffusion (α = √ᾱ_t, DDIM); ``"velocity"``: rectified flow (α = 1 − t, σ = t, Euler).
+        space: ``"eps"``: variance-preserving diffusion (α = √ᾱ_t, DDIM); ``"velocity"``: rectified flow (α = 1 − t, σ
+            = t, Euler).
         v_prediction: The raw output is v = α ε − σ x₀ instead of ε. Only in eps-space.
         betas: Noise schedule of eps-space: ``"stable-diffusion"``, ``"latent-diffusion"`` or ``"ddpm"``.
-        spacing: DDIM timesteps as diffusers names them: ``"leading"`` with offset 1 (981, 961, …, 1), ``"trailing"`` (999, 979, …, 19).
+        spacing: DDIM timesteps as diffusers names them: ``"leading"`` with offset 1 (981, 961, …, 1), ``"trailing"``
+            (999, 979, …, 19).
         shift: Timestep shift of velocity space, t ← shift·t / (1 + (shift − 1)·t).
         guidance: The scale the world is meant to be used with.
         has_text: Without text there is the null distribution only.
         context: Number of words the encoder can see.
-        word_weights: How much a word counts before shares are normalized; other words draw theirs from [½, 3/2] by hash.
+        word_weights: How much a word counts before shares are normalized; other words draw theirs from [½, 3/2] by
+            hash.
         strict: Refuse prompts that were not given at construction, instead of drawing an ordinary distribution by hash.
         seed: Seed of whatever is drawn by hash.
-        dtype: Of raw outputs and states. Arithmetic is float32 at least, and ``torch.float64`` makes everything float64.
+        dtype: Of raw outputs and states. Arithmetic is float32 at least, and ``torch.float64`` makes everything
+            float64.
         device: Where the parameters live.
     """
 
@@ -107,7 +120,7 @@ class Options:
 
 
 class Replications(NamedTuple):
-    """How many of ``n`` generations came out as a given picture, with a Clopper–Pearson interval of their probability."""
+    """How many of ``n`` generations came out as a given picture, and a Clopper–Pearson interval of their probability."""
 
     found: int
     n: int
@@ -120,13 +133,11 @@ class Replications(NamedTuple):
         return self.found / self.n
 
 
-@dataclass(frozen=True)
 class _Run:
     """One sampler run: DDIM (η = 0) in eps-space, Euler in velocity space."""
 
-    world: ClosedForm
-    timesteps: Tensor
-    end: float
+    def __init__(self, world: ClosedForm, knots: Tensor):
+        self.world, self.knots, self.timesteps = world, knots, knots[:-1]
 
     def start(self, noise: Latents) -> Latents:
         return noise
@@ -135,9 +146,8 @@ class _Run:
         return x
 
     def step(self, output: Latents, t: Tensor, x: Latents) -> Latents:
-        """x' = α' x̂₀ + σ' ε̂: the DDIM step; with α + σ = 1 it is also Euler's step x + (t' − t) u of a rectified flow."""
-        knots = torch.cat([self.timesteps, self.timesteps.new_tensor([self.end])])
-        alpha, sigma = self.world.alpha_sigma(knots[(self.timesteps > t).sum() + 1])
+        """x' = α' x̂₀ + σ' ε̂: the DDIM step, and with α + σ = 1 Euler's step x + (t' − t) u of a rectified flow."""
+        alpha, sigma = self.world.alpha_sigma(self.knots[(self.timesteps > t).sum() + 1])
         x0, eps = self.world._split(output, x, t)
         return (alpha * x0 + sigma * eps).to(x.dtype)
 
@@ -145,9 +155,10 @@ class _Run:
 class ClosedForm(ABC):
     """A :class:`~mnemoscope.models.base.Target` whose predictions are formulas.
 
-    A world defines the parameters θ of each prompt and, for data distributed by θ, the abstract methods below, on flattened
-    samples ``[batch, size]`` with α and σ as ``[batch or 1, 1]``. ``forwards`` counts ``output`` and ``predict`` alone: the exact
-    quantities (``score``, ``log_density``, …) are answers to check against, not work a method would do.
+    A world defines the parameters θ of each prompt and, for data distributed by θ, the abstract methods below, on
+    flattened samples ``[batch, size]`` with α and σ as ``[batch or 1, 1]``. ``forwards`` counts ``output`` and
+    ``predict`` alone: the exact quantities (``score``, ``log_density``, …) are answers to check against, not work a
+    method would do.
     """
 
     name: str = "closed-form"
@@ -224,7 +235,7 @@ class ClosedForm(ABC):
         return {"target": self.name, **options, "parameters": digest.hexdigest()}
 
     def encode(self, prompts: list[str]) -> Condition:
-        """θ_p − θ_∅ at the place of each word, ``[batch, context, dim]``, zeros elsewhere; the shares w are ``extra["share"]``.
+        """θ_p − θ_∅ at the place of each word, ``[batch, context, dim]``, else zeros; shares w are ``extra["share"]``.
 
         Raises:
             CannotAudit: This world has no text.
@@ -261,17 +272,17 @@ class ClosedForm(ABC):
 
     def schedule(self, steps: int) -> _Run:
         """DDIM (eps) or Euler (velocity). The last step lands on clean data, α = 1 and σ = 0."""
-        if steps < 1 or (steps > TRAIN_STEPS and self.space == "eps"):
+        if not 1 <= steps <= TRAIN_STEPS:
             raise UsageError(f"steps={steps} is out of range; use 1 to {TRAIN_STEPS}.")
         if self.space == "velocity":
-            t = torch.linspace(1, 0, steps + 1, dtype=self._exact)[:-1]
-            return _Run(self, (self.options.shift * t / (1 + (self.options.shift - 1) * t)).to(self.device), 0.0)
+            t = torch.linspace(1, 0, steps + 1, dtype=self._exact, device=self.device)
+            return _Run(self, self.options.shift * t / (1 + (self.options.shift - 1) * t))
         if self.options.spacing == "trailing":
-            grid = np.round(np.arange(TRAIN_STEPS, 0, -TRAIN_STEPS / steps)).astype(np.int64)[:steps] - 1
+            grid = np.round(np.arange(TRAIN_STEPS, 0, -TRAIN_STEPS / steps)).astype(int)[:steps] - 1
         else:
             stride = TRAIN_STEPS // steps
             grid = np.arange(steps)[::-1] * stride + min(1, stride - 1)
-        return _Run(self, torch.tensor(grid.copy(), device=self.device), -1)
+        return _Run(self, torch.tensor([*grid.tolist(), CLEAN], device=self.device))
 
     def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """α and σ at training timesteps 0…999 (eps; −1 is clean data), or at times in [0, 1] (velocity).
@@ -290,9 +301,8 @@ class ClosedForm(ABC):
         flat, alpha, sigma, theta = self._open(x, t, cond)
         x0, eps = self._answer(flat, alpha, sigma, theta)
         if self.space == "velocity":
-            raw = eps - x0
-        else:
-            raw = alpha * eps - sigma * x0 if self.options.v_prediction else eps
+            return (eps - x0).view(x.shape).to(self.dtype)
+        raw = alpha * eps - sigma * x0 if self.options.v_prediction else eps
         return raw.view(x.shape).to(self.dtype)
 
     def to_space(self, output: Latents, x: Latents, t: Tensor) -> Latents:
@@ -304,24 +314,22 @@ class ClosedForm(ABC):
         return self.to_space(self.output(x, t, cond), x, t)
 
     def encode_images(self, images: Float[Tensor, "batch 3 height width"]) -> Latents:
-        """x₀ = 2·picture − 1. With other than 3 channels, channel j takes the mean of the colors that show it in ``decode``."""
+        """x₀ = 2·picture − 1; with other than 3 channels, each channel is the mean of the colors it shows as."""
         if images.shape[2:] != self.latent_shape[1:]:
             height, width = self.latent_shape[1:]
             raise UsageError(
                 f"pictures are {images.shape[3]}×{images.shape[2]}, this world is {width}×{height}: resize them."
             )
-        shown = self._shown().T
-        return _mix_channels(shown / shown.sum(1, keepdim=True), 2 * images.to(self.device, self._exact) - 1).to(
-            self.dtype
-        )
+        x0 = torch.einsum("ck,bkhw->bchw", self._colors(to_picture=False), images.to(self.device, self._exact))
+        return (2 * x0 - 1).to(self.dtype)
 
     def decode(self, x: Latents) -> Float[Tensor, "batch 3 height width"]:
         """(x + 1) / 2 in [0, 1], float32 on the CPU.
 
-        With other than 3 channels, color k shows the mean of the channels j ≡ k modulo min(3, channels): one channel is grey.
+        With other than 3 channels, color k is the mean of the channels j ≡ k modulo min(3, channels); a single channel
+        is grey.
         """
-        shown = self._shown()
-        pictures = _mix_channels(shown / shown.sum(1, keepdim=True), x.to(self._exact))
+        pictures = torch.einsum("kc,bchw->bkhw", self._colors(to_picture=True), x.to(self._exact))
         return ((pictures + 1) / 2).clamp(0, 1).float().cpu()
 
     # What is known exactly.
@@ -397,7 +405,7 @@ class ClosedForm(ABC):
 
         Use it where ``replication_probability`` has no closed form: mixtures under guidance or a coarse sampler.
         """
-        from scipy.stats import binomtest  # takes a second to import
+        from scipy.stats import binomtest  # slow to import
 
         found = 0
         for start in range(0, n, 256):
@@ -464,11 +472,12 @@ class ClosedForm(ABC):
     def _generator(self, *key: object) -> torch.Generator:
         return _generator(self.options.seed, *key)
 
-    def _shown(self) -> Tensor:
-        """Which latent channels each color shows, ``[3, channel]`` of 0 and 1."""
+    def _colors(self, *, to_picture: bool) -> Tensor:
+        """Means over the channels of each color ``[3, channel]``, or over the colors of each channel ``[channel, 3]``."""
         channels = self.latent_shape[0]
-        color, channel = torch.arange(3)[:, None], torch.arange(channels)[None]
-        return ((channel - color) % min(3, channels) == 0).to(self.device, self._exact)
+        shows = (torch.arange(channels) - torch.arange(3)[:, None]) % min(3, channels) == 0
+        shows = (shows if to_picture else shows.T).to(self.device, self._exact)
+        return shows / shows.sum(1, keepdim=True)
 
     def _tensor(self, value: Value, shape: tuple[int, ...]) -> Tensor:
         """A value given by the user, spread over ``shape`` and flattened."""
@@ -484,12 +493,14 @@ class ClosedForm(ABC):
 class Gaussian(ClosedForm):
     """Each prompt is N(μ, diag s²); memorized where s = 0. θ = (μ, s).
 
-    x̂₀ = μ + α s² (x − αμ) / v and ε = σ (x − αμ) / v with v = α² s² + σ². A spread that is 0 in some elements only is a template:
-    these elements come out alike every time, and the intrinsic dimension is the number of the others.
+    x̂₀ = μ + α s² (x − αμ) / v and ε = σ (x − αμ) / v with v = α² s² + σ². A spread that is 0 in some elements only
+    is a template: these elements come out alike every time, and the intrinsic dimension is the number of the others.
 
     Args:
-        prompts: ``{prompt: (μ, s)}``, numbers or tensors that broadcast to the latent shape; None draws an ordinary one by hash.
-        null: (μ, s) of the empty prompt. Default (0, √(scatter² + spread²)): what ordinary prompts amount to, all together.
+        prompts: ``{prompt: (μ, s)}``, numbers or tensors that broadcast to the latent shape; None draws an ordinary
+            one by hash.
+        null: (μ, s) of the empty prompt. Default (0, √(scatter² + spread²)): what ordinary prompts amount to, all
+            together.
         spread: s of ordinary prompts.
         scatter: Standard deviation of their means.
         **options: See :class:`Options`.
@@ -529,7 +540,15 @@ class Gaussian(ClosedForm):
         scatter: float = 0.2,
         **options: Any,
     ) -> Gaussian:
-        """Ordinary prompts, and memorized ones with their pictures (x₀ in [-1, 1]; blocks of color by hash when not given)."""
+        """Ordinary prompts, and memorized ones, whose spread is 0.
+
+        Args:
+            prompts: Ordinary prompts; others are as welcome, unless the world is strict.
+            memorized: Prompts, or prompts with their pictures (x₀ in [-1, 1]; blocks of color by hash when not given).
+            spread: s of ordinary prompts.
+            scatter: Standard deviation of their means.
+            **options: See :class:`Options`.
+        """
         known: dict[str, tuple[Value, Value] | None] = dict.fromkeys(prompts)
         known |= {p: (x0, 0.0) for p, x0 in _pictures(memorized, Options(**options)).items()}
         return cls(known, spread=spread, scatter=scatter, **options)
@@ -549,7 +568,7 @@ class Gaussian(ClosedForm):
 
     def std(self, cond: Condition | None) -> Latents:
         """s of each prompt."""
-        return self._moments(self._theta(cond, _rows(cond)))[1].unflatten(1, self.latent_shape)
+        return self._moments(self._theta(cond, _rows(cond)))[1].abs().unflatten(1, self.latent_shape)
 
     def draw(self, cond: Condition | None, generator: torch.Generator) -> Latents:
         """One exact sample of x₀ for each prompt (one sample without text)."""
@@ -559,31 +578,33 @@ class Gaussian(ClosedForm):
     def ode_map(self, x: Latents, t: Tensor, cond: Condition | None, to: Tensor | None = None) -> Latents:
         """Where the exact probability-flow ODE takes ``x`` from time ``t`` to time ``to`` (None: to clean data).
 
-        z = (x − αμ)/√(α² s² + σ²) never changes on the way, so x' = α'μ + √(α'² s² + σ'²) z. DDIM and Euler converge to it.
+        z = (x − αμ)/√(α² s² + σ²) never changes on the way, so x' = α'μ + √(α'² s² + σ'²) z. DDIM and Euler converge
+        to it.
         """
         flat, alpha, sigma, theta = self._open(x, t, cond)
         mean, std = self._moments(theta)
-        alpha_to, sigma_to = (alpha.new_ones(1, 1), sigma.new_zeros(1, 1)) if to is None else self._levels(to)
         z = (flat - alpha * mean) / torch.hypot(alpha * std, sigma)
-        return (alpha_to * mean + torch.hypot(alpha_to * std, sigma_to.expand_as(std)) * z).view(x.shape)
+        if to is None:
+            return (mean + std.abs() * z).view(x.shape)
+        alpha_to, sigma_to = self._levels(to)
+        return (alpha_to * mean + torch.hypot(alpha_to * std, sigma_to) * z).view(x.shape)
 
     def sampler_map(
         self, cond: Condition | None, null: Condition | None = None, *, steps: int = 50, guidance: float | None = None
     ) -> tuple[Latents, Latents]:
         """(gain, offset): the finite sampler's final state is gain · starting noise + offset, element by element.
 
-        x̂₀ and ε are affine in x, guided or not, so every step is, and so is the whole run: generations of a prompt are exactly
-        N(offset, gain²). One row for each prompt; ``null`` has one row.
+        x̂₀ and ε are affine in x, guided or not, so every step is, and so is the whole run: generations of a prompt
+        are exactly N(offset, gain²). One row for each prompt; ``null`` has one row.
         """
         plan, g = self.schedule(steps), self.guidance if guidance is None else guidance
         n = _rows(cond)
         branches = [(1.0, self._theta(cond, n))]
         if null is not None:
             branches = [(g, branches[0][1]), (1 - g, self._theta(null.expand(n), n))]
-        times = [*plan.timesteps, plan.timesteps.new_tensor(plan.end)]
         gain = torch.ones(n, self._size, dtype=self._exact, device=self.device)
         offset = torch.zeros_like(gain)
-        for t, later in zip(times[:-1], times[1:], strict=True):
+        for t, later in pairwise(plan.knots):
             (alpha, sigma), (alpha_to, sigma_to) = self._levels(t), self._levels(later)
             slope, shift = torch.zeros_like(gain), torch.zeros_like(gain)
             for weight, theta in branches:
@@ -604,10 +625,11 @@ class Gaussian(ClosedForm):
         steps: int | None = None,
         guidance: float | None = None,
     ) -> PerSample:
-        """P(a generation lies within ``radius`` of ``image``), root mean square per element; exact, float64, one for each prompt.
+        """P(a generation lies within ``radius`` of ``image``); exact, float64, one for each prompt.
 
-        Without ``steps`` for exact sampling from N(μ, s²), with them for the finite sampler of :meth:`sampler_map` (and with
-        ``null`` under guidance). The squared distance is non-central χ² where all positive spreads are equal.
+        Without ``steps`` for exact sampling from N(μ, s²), with them for the finite sampler of :meth:`sampler_map`
+        (and with ``null`` under guidance). ``radius`` is a root mean square per element; the squared distance is
+        non-central χ² where all positive spreads are equal.
 
         Raises:
             UsageError: Positive spreads differ, so there is no closed form; use :meth:`estimate_replication`.
@@ -665,14 +687,16 @@ class Gaussian(ClosedForm):
 class Mixture(ClosedForm):
     """Each prompt is Σⱼ πⱼ N(μⱼ, sⱼ² I): one pool of training pictures for all prompts, and weights for each prompt.
 
-    Weights are squared amplitudes, πⱼ = θⱼ² / Σ θ², so that any tokens give weights and an excluded component stays excluded. With
-    vⱼ = α² sⱼ² + σ² and responsibilities rⱼ ∝ πⱼ N(x; αμⱼ, vⱼ I), x̂₀ = Σⱼ rⱼ mⱼ with mⱼ = (σ² μⱼ + α sⱼ² x) / vⱼ. With all spreads 0
-    this is the exact memorizer: the minimizer of the training loss on a finite set, which draws picture j with probability πⱼ.
+    Weights are squared amplitudes, πⱼ = θⱼ² / Σ θ², so that any tokens give weights and an excluded component stays
+    excluded. With vⱼ = α² sⱼ² + σ² and responsibilities rⱼ ∝ πⱼ N(x; αμⱼ, vⱼ I), x̂₀ = Σⱼ rⱼ mⱼ with mⱼ = (σ² μⱼ + α
+    sⱼ² x) / vⱼ. With all spreads 0 this is the exact memorizer: the minimizer of the training loss on a finite set,
+    which draws picture j with probability πⱼ.
 
     Args:
         points: μ, ``[component, channel, height, width]``; they give the latent shape.
         spread: s, one number or one for each component.
-        prompts: ``{prompt: weights}``, one weight ≥ 0 for each component (copies, say); None draws ordinary ones by hash.
+        prompts: ``{prompt: weights}``, one weight ≥ 0 for each component (copies, say); None draws ordinary ones by
+            hash.
         null: Weights of the empty prompt; default: all alike.
         **options: See :class:`Options`.
 
@@ -684,13 +708,13 @@ class Mixture(ClosedForm):
     def __init__(
         self,
         points: Float[Tensor, "component channel height width"],
-        spread: float | Sequence[float] | Tensor = 0.0,
-        prompts: Mapping[str, Sequence[float] | Tensor | None] | None = None,
-        null: Sequence[float] | Tensor | None = None,
+        spread: float | Weights = 0.0,
+        prompts: Mapping[str, Weights | None] | None = None,
+        null: Weights | None = None,
         **options: Any,
     ):
         channel, height, width = points.shape[1:]
-        super().__init__(Options(latent_shape=(channel, height, width), **options))
+        super().__init__(Options(**{**options, "latent_shape": (channel, height, width)}))
         if not len(points):
             raise UsageError("a mixture needs at least one component; points is empty.")
         self.points = points.to(self.device, self._exact)
@@ -729,25 +753,25 @@ class Mixture(ClosedForm):
             components: Number of common components, their means drawn from N(0, scatter²) by hash.
             spread: s of common components.
             scatter: Standard deviation of their means.
-            rare: Total weight of all memorized pictures in the null distribution. In real models copies are rare but present; where
-                they are not rare, the null prediction knows them too and the magnitude vanishes late in the trajectory.
+            rare: Total weight of all memorized pictures in the null distribution. In real models copies are rare but
+                present; where they are not rare, the null prediction knows them too and the magnitude vanishes late
+                in the trajectory.
             **options: See :class:`Options`.
         """
         common = Options(**options)
         pictures = _pictures(memorized, common)
-        del_shape = {k: v for k, v in options.items() if k != "latent_shape"}
         means = torch.randn(
             (components, *common.latent_shape), generator=_generator(common.seed, "components"), dtype=torch.float64
         )
         kept = len(pictures)
-        known: dict[str, Sequence[float] | Tensor | None] = dict.fromkeys(prompts)
+        known: dict[str, Weights | None] = dict.fromkeys(prompts)
         known |= dict(zip(pictures, torch.eye(kept, kept + components), strict=True))
         return cls(
             torch.cat([torch.stack([*pictures.values()]).double(), scatter * means]) if kept else scatter * means,
             [0.0] * kept + [spread] * components,
             known,
             [rare / max(kept, 1)] * kept + [(1 - rare) / components] * components,
-            **del_shape,
+            **options,
         )
 
     @classmethod
@@ -755,7 +779,8 @@ class Mixture(ClosedForm):
         """The exact memorizer of a finite training set, without text unless asked for.
 
         Args:
-            points: Training pictures x₀, ``[component, channel, height, width]``, or how many to draw uniformly from [-1, 1].
+            points: Training pictures x₀, ``[component, channel, height, width]``, or how many to draw uniformly from
+                [-1, 1].
             copies: How often each was in the set; one number m is for the first, the others once: π₀ = m / (K − 1 + m).
             **options: See :class:`Options`.
         """
@@ -763,9 +788,8 @@ class Mixture(ClosedForm):
         if isinstance(points, int):
             generator = _generator(common.seed, "points")
             points = 2 * torch.rand((points, *common.latent_shape), generator=generator, dtype=torch.float64) - 1
-        weights = [copies] + [1] * (len(points) - 1) if isinstance(copies, int) else list(copies)
-        rest = {k: v for k, v in options.items() if k != "latent_shape"}
-        return cls(points, 0.0, null=[float(w) for w in weights], **{"has_text": False, **rest})
+        weights = [copies, *[1] * (len(points) - 1)] if isinstance(copies, int) else copies
+        return cls(points, 0.0, null=weights, **{"has_text": False, **options})
 
     @classmethod
     def tiny(cls, **options: Any) -> Mixture:
@@ -794,18 +818,19 @@ class Mixture(ClosedForm):
     def replication_probability(
         self, cond: Condition | None, image: Float[Tensor, "channel height width"], *, radius: float = 0.1
     ) -> PerSample:
-        """P(x₀ lies within ``radius`` of ``image``) = Σⱼ πⱼ Pⱼ, root mean square per element; float64, one for each prompt.
+        """P(x₀ lies within ``radius`` of ``image``) = Σⱼ πⱼ Pⱼ; float64, one for each prompt.
 
-        Exact for exact sampling from the prompt's distribution: for a memorizer the natural weight m / (K − 1 + m). The unguided
-        ODE run from N(0, I) comes arbitrarily close with finer steps where α_T = 0. Under guidance, or for a coarse sampler,
-        there is no closed form: see :meth:`estimate_replication`.
+        ``radius`` is a root mean square per element. Exact for exact sampling from the prompt's distribution: for a
+        memorizer the natural weight m / (K − 1 + m). The unguided ODE run from N(0, I) comes arbitrarily close with
+        finer steps where α_T = 0. Under guidance, or for a coarse sampler, there is no closed form: see
+        :meth:`estimate_replication`.
         """
         away = (self.points - image.to(self.points)).flatten(1).double().cpu().numpy()
         spread = self.spread.double().cpu().numpy()
         inside = [_ball(each, np.full_like(each, s), radius) for each, s in zip(away, spread, strict=True)]
         return self.weights(cond).detach().double().cpu() @ torch.tensor(inside, dtype=torch.float64)
 
-    def _amplitudes(self, weights: Sequence[float] | Tensor) -> Tensor:
+    def _amplitudes(self, weights: Weights) -> Tensor:
         """θ = √π."""
         full = self._tensor(torch.as_tensor(weights), (len(self.points),))
         if bool((full < 0).any()) or not bool(full.sum() > 0):
@@ -817,43 +842,45 @@ class Mixture(ClosedForm):
         return self._amplitudes(self._null.double().cpu() ** 2 * -torch.log1p(-uniform))
 
     def _prior(self, theta: Theta) -> Tensor:
-        """π = θ² / Σ θ². An amplitude of a few rounding errors is 0: near its point even a weight of 1e-15 would take over."""
+        """π = θ² / Σ θ². An amplitude of a few rounding errors is 0: close to its μ, even a weight of 1e-15 would win."""
         squared = hardshrink(theta, 8 * torch.finfo(self._exact).eps) ** 2
         return squared / squared.sum(1, keepdim=True)
 
     def _joint(self, x: Tensor, alpha: Tensor, sigma: Tensor, theta: Theta) -> tuple[Tensor, Tensor, Tensor]:
-        """πⱼ N(x; αμⱼ, vⱼ I) / e^top, the largest exponent top ``[batch, 1]``, and vⱼ."""
+        """πⱼ N(x; αμⱼ, vⱼ I) / exp(top), ``[batch, component]``, then top ``[batch, 1]`` and v."""
         var = (alpha * self.spread) ** 2 + sigma**2
+        # Relative to N(x; α·middle, least v): the large terms that all components share would drown what tells them apart.
+        least = var.amin(1, keepdim=True)
         y, nu = x - alpha * self._middle, self._mu - self._middle
-        square = (y * y).sum(1, keepdim=True) - 2 * alpha * self._product(y, nu) + alpha**2 * (nu * nu).sum(1)
-        log_normal = -0.5 * (square / var + self._size * (2 * math.pi * var).log())
+        length = (y * y).sum(1, keepdim=True)
+        cross = alpha**2 * (nu * nu).sum(1) - 2 * alpha * self._product(y, nu)
+        exponent = -0.5 * (length * (1 / var - 1 / least) + cross / var + self._size * (var / least).log())
         prior = self._prior(theta)
-        top = (log_normal + prior.log()).detach().amax(1, keepdim=True)
+        top = (exponent + prior.log()).detach().amax(1, keepdim=True)
         # Only a component of weight 0 can rise far above the top; the ceiling keeps 0 · ∞ out of values and gradients.
         ceiling = 0.9 * math.log(torch.finfo(self._exact).max)
-        return prior * (log_normal - top).clamp(max=ceiling).exp(), top, var
+        joint = prior * (exponent - top).clamp(max=ceiling).exp()
+        return joint, top - 0.5 * (length / least + self._size * (2 * math.pi * least).log()), var
 
     def _responsible(self, x: Tensor, alpha: Tensor, sigma: Tensor, theta: Theta) -> tuple[Tensor, Tensor, Tensor]:
         """r, and the two factors of mⱼ = Aⱼ μⱼ + Bⱼ x: A = σ²/v, B = α s²/v."""
         joint, _, var = self._joint(x, alpha, sigma, theta)
         return joint / joint.sum(1, keepdim=True), sigma**2 / var, alpha * self.spread**2 / var
 
+    def _along(self, x: Tensor, v: Tensor, r: Tensor, by_mu: Tensor, by_x: Tensor) -> Tensor:
+        """(mⱼ − x̂₀)·v for each component."""
+        means = by_mu * self._product(v, self._mu) + by_x * (x * v).sum(1, keepdim=True)
+        return means - (r * means).sum(1, keepdim=True)
+
     def _posterior_mean(self, x: Tensor, alpha: Tensor, sigma: Tensor, theta: Theta) -> Tensor:
         r, by_mu, by_x = self._responsible(x, alpha, sigma, theta)
         return self._product(r * by_mu, self._mu.T) + (r * by_x).sum(1, keepdim=True) * x
 
-    def _off_mean(self, x: Tensor, alpha: Tensor, sigma: Tensor, theta: Theta, v: Tensor) -> tuple[Tensor, Tensor]:
-        """r, and (mⱼ − x̂₀)·v for each component."""
-        r, by_mu, by_x = self._responsible(x, alpha, sigma, theta)
-        along = by_mu * self._product(v, self._mu) + by_x * (x * v).sum(1, keepdim=True)
-        return r, along - (r * along).sum(1, keepdim=True)
-
     def _posterior_covariance(self, x: Tensor, alpha: Tensor, sigma: Tensor, theta: Theta, v: Tensor) -> Tensor:
-        r, along = self._off_mean(x, alpha, sigma, theta, v)
-        _, by_mu, by_x = self._responsible(x, alpha, sigma, theta)
+        r, by_mu, by_x = self._responsible(x, alpha, sigma, theta)
+        pull = r * self._along(x, v, r, by_mu, by_x)
         within = (r * self.spread**2 * by_mu).sum(1, keepdim=True) * v
-        between = self._product(r * along * by_mu, self._mu.T) + (r * along * by_x).sum(1, keepdim=True) * x
-        return within + between
+        return within + self._product(pull * by_mu, self._mu.T) + (pull * by_x).sum(1, keepdim=True) * x
 
     def _posterior_variance(self, x: Tensor, alpha: Tensor, sigma: Tensor, theta: Theta) -> Tensor:
         r, by_mu, by_x = self._responsible(x, alpha, sigma, theta)
@@ -867,11 +894,11 @@ class Mixture(ClosedForm):
 
     def _pull_back(self, x: Tensor, alpha: Tensor, sigma: Tensor, theta: Theta, v: Tensor) -> Theta:
         # ∂x̂₀/∂θⱼ = 2 (rⱼ/θⱼ) (mⱼ − x̂₀); rⱼ/θⱼ → 0 with θⱼ.
-        r, along = self._off_mean(x, alpha, sigma, theta, v)
-        return 2 * r / theta.where(r > 0, torch.ones_like(theta)) * along
+        r, by_mu, by_x = self._responsible(x, alpha, sigma, theta)
+        return 2 * r / theta.where(r > 0, torch.ones_like(theta)) * self._along(x, v, r, by_mu, by_x)
 
     def _product(self, rows: Tensor, matrix: Tensor) -> Tensor:
-        """rows @ matrix.T. With text, each row is summed on its own: BLAS rounds a row by its place in the batch, and then the
+        """rows @ matrix.T. With text, each row is summed on its own: BLAS rounds a row by its place in the batch, and the
         empty prompt would score 1e-7 instead of 0."""
         return (rows[:, None] * matrix).sum(-1) if self.has_text else rows @ matrix.T
 
@@ -888,14 +915,14 @@ def _alphas_cumprod(name: str) -> Tensor:
 
 def _ball(away: np.ndarray, std: np.ndarray, radius: float) -> float:
     """P(‖away + std · z‖² ≤ D radius²) for z ~ N(0, I)."""
-    from scipy.stats import chi2, ncx2  # takes a second to import
-
     free = std > 0
     left = away.size * radius**2 - float((away[~free] ** 2).sum())
     if left < 0:
         return 0.0
     if not free.any():
         return 1.0
+    from scipy.stats import chi2, ncx2  # slow to import
+
     s = float(std[free].mean())
     if not np.allclose(std[free], s, rtol=1e-6, atol=0):
         raise UsageError("the spreads differ, so this probability has no closed form: use estimate_replication.")
@@ -930,7 +957,3 @@ def _rows(cond: Condition | None) -> int:
 
 def _bytes(values: Tensor) -> bytes:
     return values.double().cpu().numpy().tobytes()
-
-
-def _mix_channels(matrix: Tensor, pictures: Tensor) -> Tensor:
-    return torch.einsum("kc,bchw->bkhw", matrix, pictures)

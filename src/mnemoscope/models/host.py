@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -133,7 +134,7 @@ class DiffusersSchedule:
         return self._scheduler.step(output, t, x, return_dict=False)[0]
 
 
-class DiffusersTarget:
+class DiffusersTarget(ABC):
     """Common part of the adapters; see :class:`~mnemoscope.models.base.Target` for the promises.
 
     Args:
@@ -147,8 +148,9 @@ class DiffusersTarget:
     kind: ClassVar[str]
     pipelines: ClassVar[frozenset[str]]
     """Pipeline classes that can be loaded."""
-    has_text: ClassVar[bool]
+    has_text: bool
     space: Space = "eps"
+    guidance: float
 
     def __init__(
         self,
@@ -161,15 +163,17 @@ class DiffusersTarget:
         self.origin = origin or Origin(name=type(pipe).__name__)
         self.name = self.origin.name
         self.pipeline = type(pipe).__name__
-        self.modules = {k: m for k, m in pipe.components.items() if isinstance(m, nn.Module) and k != "safety_checker"}
+        self.modules: dict[str, Any] = {
+            k: m for k, m in pipe.components.items() if isinstance(m, nn.Module) and k != "safety_checker"
+        }
         for module in self.modules.values():
             module.requires_grad_(False).eval()
-        self.unet = pipe.unet
+        self.unet: Any = pipe.unet
         self.vae: Any = self.modules.get("vae", self.modules.get("vqvae"))
         self.sampler = sampler
         self._scheduler = self._sampler(pipe.scheduler)
         self._diffusion = Diffusion(self._scheduler, self.name)
-        self.factor = 1 if self.vae is None else 2 ** (len(self.vae.config.block_out_channels) - 1)
+        self.factor: int = 1 if self.vae is None else 2 ** (len(self.vae.config.block_out_channels) - 1)
         """Pixels per latent, along each side."""
         self.latent_shape = (self.unet.config.in_channels, *self._latent_size(resolution))
         self.forwards = 0
@@ -179,6 +183,27 @@ class DiffusersTarget:
     def accepts(cls, pipeline: str) -> bool:
         """Whether pipelines of this class name can be audited."""
         return pipeline in cls.pipelines
+
+    @staticmethod
+    @abstractmethod
+    def guided(pipe: Any) -> bool:
+        """Whether a running pipeline doubles its denoiser's batch right now; the first half is then unconditional."""
+
+    @abstractmethod
+    def encode(self, prompts: list[str]) -> Condition:
+        """Encode prompts; the empty string gives the null condition."""
+
+    @abstractmethod
+    def tokens(self, prompt: str) -> list[str]:
+        """The tokens the encoder sees, without start, end and padding."""
+
+    @abstractmethod
+    def dropped(self, prompt: str) -> int:
+        """How many tokens at the prompt's end the encoder cannot see."""
+
+    @abstractmethod
+    def output(self, x: Latents, t: Tensor, cond: Condition | None) -> Latents:
+        """The network's raw output, in its own dtype; differentiable in ``x`` and ``cond.tokens``."""
 
     @property
     def device(self) -> torch.device:
@@ -251,10 +276,6 @@ class DiffusersTarget:
         """α_t and σ_t of x_t = α x₀ + σ ε, in the shape of ``t``, float32."""
         return self._diffusion.alpha_sigma(t)
 
-    def output(self, x: Latents, t: Tensor, cond: Condition | None) -> Latents:
-        """The network's raw output, in its own dtype."""
-        raise NotImplementedError
-
     def to_space(self, output: Latents, x: Latents, t: Tensor) -> Latents:
         """The raw output as ε, float32."""
         return self._diffusion.to_eps(output, x, t)
@@ -287,19 +308,28 @@ class DiffusersTarget:
         return self.factor
 
     @torch.no_grad()
-    def encode_images(self, images: Float[Tensor, "batch 3 height width"]) -> Latents:
+    def encode_images(self, images: Float[Tensor, "batch 3 rows columns"]) -> Latents:
         """x₀ of pictures in [0, 1], float32 on the model's device: what the diffusion model is trained on (no draw)."""
         height, width = images.shape[2:]
         if height % self.factor or width % self.factor:
-            raise UsageError(f"pictures of {height}×{width}: {self.name} needs sides that are multiples of {self.factor}.")
-        parts = [self._encode(part.to(self.device, self.dtype) * 2 - 1).float() for part in images.split(IMAGE_BATCH)]
+            raise UsageError(
+                f"pictures of {height}×{width}: {self.name} needs sides that are multiples of {self.factor}."
+            )
+        parts = [
+            self._encode(part.to(self.device, self._picture_dtype) * 2 - 1).float()
+            for part in images.split(IMAGE_BATCH)
+        ]
         return torch.cat(parts)
 
     @torch.no_grad()
-    def decode(self, x: Latents) -> Float[Tensor, "batch 3 height width"]:
+    def decode(self, x: Latents) -> Float[Tensor, "batch 3 rows columns"]:
         """Pictures in [0, 1], float32, on the CPU."""
-        parts = [self._decode(part.to(self.device, self.dtype)) for part in x.split(IMAGE_BATCH)]
+        parts = [self._decode(part.to(self.device, self._picture_dtype)) for part in x.split(IMAGE_BATCH)]
         return torch.cat([(part * 0.5 + 0.5).clamp(0, 1).float().cpu() for part in parts])
+
+    @property
+    def _picture_dtype(self) -> torch.dtype:
+        return self.dtype if self.vae is None else self.vae.dtype
 
     def _encode(self, pixels: Tensor) -> Tensor:
         """Latents of pixels in [-1, 1]: a KL autoencoder's mean, or a VQ one's latent before quantisation."""

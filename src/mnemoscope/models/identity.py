@@ -22,7 +22,8 @@ from ..errors import CannotAudit
 PICKLES = frozenset({".ckpt", ".pt", ".pth", ".bin", ".pkl"})
 """Suffixes of checkpoints that run code when they are opened."""
 
-_PROVENANCE = frozenset({"name", "source", "revision", "fingerprint"})
+PROVENANCE = frozenset({"name", "source", "revision"})
+"""Keys of an identity that say where a model came from; two copies of one model differ in nothing else."""
 
 
 def weight_files(folder: Path, variant: str | None = None) -> list[Path]:
@@ -51,7 +52,9 @@ def weight_files(folder: Path, variant: str | None = None) -> list[Path]:
             f"{folder} holds its weights as pickle only ({pickles[0]}), which can run code when opened; "
             f"ask its author for safetensors, or convert it in a sandbox with safetensors.torch.save_file."
         )
-    raise CannotAudit(f"{folder} has no weights ({_instead(names, variant)}); download or copy the model again, completely.")
+    raise CannotAudit(
+        f"{folder} has no weights ({_instead(names, variant)}); download or copy the model again, completely."
+    )
 
 
 def _instead(names: Sequence[str], variant: str | None) -> str:
@@ -87,7 +90,7 @@ def hash_tensors(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors, key=lambda item: item[0]):
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -114,13 +117,12 @@ def adapters(modules: Mapping[str, nn.Module], files: Mapping[str, Path]) -> lis
     """
     scales: dict[str, set[float]] = {}
     active: set[str] = set()
-    for module in modules.values():
-        for layer in module.modules():
-            if isinstance(scaling := getattr(layer, "scaling", None), dict) and hasattr(layer, "lora_A"):
-                for name, value in scaling.items():
-                    scales.setdefault(name, set()).add(_weight(layer, name, value))
-                if not layer.disable_adapters:
-                    active |= set(layer.active_adapters)
+    layers: list[Any] = [layer for module in modules.values() for layer in module.modules() if hasattr(layer, "lora_A")]
+    for layer in layers:
+        for name, scaling in layer.scaling.items():
+            scales.setdefault(name, set()).add(_scale(layer, name, scaling))
+        if not layer.disable_adapters:
+            active |= set(layer.active_adapters)
     return [
         {
             "name": name,
@@ -132,10 +134,10 @@ def adapters(modules: Mapping[str, nn.Module], files: Mapping[str, Path]) -> lis
     ]
 
 
-def _weight(layer: nn.Module, name: str, scaling: float) -> float:
+def _scale(layer: Any, name: str, scaling: float) -> float:
     """The scale a user set, from the effective one: peft multiplies it by alpha / r (alpha / √r for rank-stabilised)."""
-    rank = layer.r[name] ** (0.5 if layer.use_rslora.get(name) else 1.0)  # type: ignore[index, union-attr, operator]
-    return round(scaling * rank / layer.lora_alpha[name], 6)  # type: ignore[index]
+    rank = layer.r[name] ** (0.5 if layer.use_rslora.get(name) else 1)
+    return round(scaling * rank / layer.lora_alpha[name], 6)
 
 
 def _hash_adapter(modules: Mapping[str, nn.Module], name: str) -> str:
@@ -161,6 +163,6 @@ def plain(value: Any) -> Any:
 
 def with_fingerprint(identity: dict[str, Any]) -> dict[str, Any]:
     """``identity`` with a short hash over all of it but its provenance."""
-    matter = {k: v for k, v in identity.items() if k not in _PROVENANCE}
+    matter = {k: v for k, v in identity.items() if k not in PROVENANCE}
     digest = hashlib.sha256(json.dumps(plain(matter), sort_keys=True).encode()).hexdigest()
     return {**identity, "fingerprint": digest[:16]}

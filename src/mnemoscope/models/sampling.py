@@ -64,9 +64,13 @@ def denoise(
     n = len(noise)
     for what, rows in (("prompts", cond), ("null predictions", first_null)):
         if rows is not None and len(rows) != n:
-            raise CannotAudit(f"{len(rows)} {what} for {n} noises: give one per noise (Condition.expand, or index the bank).")
+            raise CannotAudit(
+                f"{len(rows)} {what} for {n} noises: give one per noise (Condition.expand, or index the bank)."
+            )
     if null is not None and not g > 1:
-        raise CannotAudit(f"Guidance is off ({g:g}), so there is nothing to compare; set guidance above 1, for instance 7.5.")
+        raise CannotAudit(
+            f"Guidance is off ({g:g}), so there is nothing to compare; set guidance above 1, for instance 7.5."
+        )
     return _steps(target, noise, cond, None if cond is None else null, steps, g, first_null, check)
 
 

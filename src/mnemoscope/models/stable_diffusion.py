@@ -55,18 +55,21 @@ class StableDiffusion(DiffusersTarget):
         self.guidance = float(guidance)
         self.tokenizer, self.text_encoder = pipe.tokenizer, pipe.text_encoder
         self._reject_other_inputs()
-        # Textual inversion writes one word as several tokens; the pipeline knows which.
-        self._spelled_out = getattr(pipe, "maybe_convert_prompt", lambda prompts, _: prompts)
+        # Textual inversion may write one word as several tokens (word, word_1, …); the pipeline knows which.
+        inverted = any(token.endswith("_1") for token in self.tokenizer.get_added_vocab())
+        self._spelled_out = pipe.maybe_convert_prompt if inverted else lambda prompts, _: prompts
         self._null: Tensor | None = None
 
     @staticmethod
     def guided(pipe: Any) -> bool:
-        """Whether the pipeline doubles its batch right now; the first half is then the unconditional one."""
+        """Guidance above 1, whose batch is [unconditional; conditional]."""
         return bool(pipe.do_classifier_free_guidance)
 
     def _reject_other_inputs(self) -> None:
         config = self.unet.config
-        missing = [k for k in ("vae", "text_encoder") if k not in self.modules] + ["tokenizer"] * (self.tokenizer is None)
+        missing = [k for k in ("vae", "text_encoder") if k not in self.modules] + ["tokenizer"] * (
+            self.tokenizer is None
+        )
         if missing:
             raise CannotAudit(f"{self.name} comes without its {missing[0]}; load the whole pipeline.")
         if config.time_cond_proj_dim is not None:
@@ -179,5 +182,7 @@ def _clean(prompt: str) -> str:
     try:
         prompt.encode()
     except UnicodeEncodeError as e:
-        raise UsageError(f"prompt {prompt[:40]!r} has a broken character at position {e.start}; save it as UTF-8.") from None
+        raise UsageError(
+            f"prompt {prompt[:40]!r} has a broken character at position {e.start}; save it as UTF-8."
+        ) from None
     return prompt

@@ -116,12 +116,14 @@ class _Hook:
             observe(step)
 
     def _step(self, x: Tensor, t: Any, output: Tensor, tokens: Tensor | None) -> Step:
-        t = torch.as_tensor(t)
+        t = torch.as_tensor(t).cpu()
         out_u = None
         if tokens is not None and self.guided(self.pipe):
             # The first half of the batch is unconditional, and both halves show the denoiser the same x.
             if len(x) % 2:
-                raise CannotAudit(f"{type(self.pipe).__name__} calls its denoiser with {len(x)} samples, which do not split into two halves.")
+                raise CannotAudit(
+                    f"{type(self.pipe).__name__} calls its denoiser with {len(x)} samples, which do not split into two halves."
+                )
             (x, _), (out_u, output), (null, prompt) = x.chunk(2), output.chunk(2), tokens.chunk(2)
             output = same_where((null == prompt).flatten(1).all(1), out_u, output)
         x = x.clone()  # the pipeline may go on to change its own

@@ -20,10 +20,12 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from ..errors import RunError, UsageError
+from ..stats import Interval, Roc
 from . import plots
+from .findings import Finding
 from .pictures import Picture, Pictures
-from .summary import WORST, Finding, Group, Summary, read_summary
-from .svg import percent, printable
+from .summary import WORST, Group, Summary, read_summary
+from .words import percent, printable
 
 __all__ = ["write_json", "write_markdown", "write_report"]
 
@@ -69,11 +71,17 @@ def write_report(
         raise UsageError(f"shown = {shown}: give the number of prompts to show with pictures, 0 for none.")
     references = Path(reference_pictures) if isinstance(reference_pictures, (str, Path)) else reference_pictures
     views = [_view(folder, references, shown, detector, i) for i, folder in enumerate(folders)]
-    page = _environment().get_template("report.html.jinja").render(views=views, plot_css=Markup(plots.CSS), blur=blur, worst=WORST)
+    page = (
+        _environment()
+        .get_template("report.html.jinja")
+        .render(views=views, plot_css=Markup(plots.CSS), blur=blur, worst=WORST)
+    )
     return _write(_target(folders, out, "html"), page)
 
 
-def write_markdown(run_folder: Folder | Sequence[Folder], out: Folder | None = None, *, detector: str | None = None) -> Path:
+def write_markdown(
+    run_folder: Folder | Sequence[Folder], out: Folder | None = None, *, detector: str | None = None
+) -> Path:
     """Write the numbers of the report, without pictures, as ``report.md``; arguments and errors as :func:`write_report`."""
     folders = _folders(run_folder)
     views = [_facts(folder, detector) for folder in folders]
@@ -81,12 +89,16 @@ def write_markdown(run_folder: Folder | Sequence[Folder], out: Folder | None = N
     return _write(_target(folders, out, "md"), page)
 
 
-def write_json(run_folder: Folder | Sequence[Folder], out: Folder | None = None, *, detector: str | None = None) -> Path:
+def write_json(
+    run_folder: Folder | Sequence[Folder], out: Folder | None = None, *, detector: str | None = None
+) -> Path:
     """Write :meth:`Summary.to_dict` as ``report.json`` (a list of them for several runs); otherwise as :func:`write_report`."""
     folders = _folders(run_folder)
     found = [read_summary(folder, detector=detector).to_dict() for folder in folders]
     content = found[0] if len(found) == 1 else found
-    return _write(_target(folders, out, "json"), json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    return _write(
+        _target(folders, out, "json"), json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    )
 
 
 def _folders(run_folder: Folder | Sequence[Folder]) -> list[Path]:
@@ -97,7 +109,9 @@ def _folders(run_folder: Folder | Sequence[Folder]) -> list[Path]:
 
 
 def _target(folders: Sequence[Path], out: Folder | None, extension: str) -> Path:
-    return Path(out) if out is not None else folders[0] / f"{'report' if len(folders) == 1 else 'comparison'}.{extension}"
+    return (
+        Path(out) if out is not None else folders[0] / f"{'report' if len(folders) == 1 else 'comparison'}.{extension}"
+    )
 
 
 def _write(path: Path, page: str) -> Path:
@@ -144,7 +158,9 @@ class View:
     bars: dict[str, Markup]
 
 
-def _view(folder: Path, references: Path | Mapping[str, Path] | None, shown: int, detector: str | None, index: int) -> View:
+def _view(
+    folder: Path, references: Path | Mapping[str, Path] | None, shown: int, detector: str | None, index: int
+) -> View:
     facts = _facts(folder, detector)
     summary: Summary = facts["summary"]
     pictures = Pictures(folder, references)
@@ -214,7 +230,9 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
         if isinstance(value, Mapping) and value:
             out |= _flat(value, f"{prefix}{key}.")
         else:
-            out[f"{prefix}{key}"] = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+            out[f"{prefix}{key}"] = (
+                value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+            )
     return out
 
 
@@ -243,25 +261,28 @@ def _figures(summary: Summary) -> dict[str, Markup]:
     if len(doses) > 1:
         out["doses"] = plots.dose_response(doses)
     if summary.discrimination:
-        curves = [
-            plots.Curve(f"{d.name}: AUC {d.auc.value:.3f} ({d.auc.low:.3f}–{d.auc.high:.3f})", d.roc.fpr.tolist(), d.roc.tpr.tolist())
-            for d in summary.discrimination
-        ]
+        curves = [_curve(d.name, d.separation.auc, d.roc) for d in summary.discrimination if d.roc is not None]
         out["roc"] = plots.roc(curves)
     return out
 
 
+def _curve(name: str, auc: Interval, roc: Roc) -> plots.Curve:
+    return plots.Curve(
+        f"{name}\nAUC {auc.value:.3f} ({auc.low:.3f}–{auc.high:.3f})", roc.fpr.tolist(), roc.tpr.tolist()
+    )
+
+
 def _limit(summary: Summary) -> plots.Threshold | None:
     t = summary.thresholds
-    if t is None:
-        return None
-    low, high = (float("-inf") if t.interval[0] is None else t.interval[0]), (float("inf") if t.interval[1] is None else t.interval[1])
-    return plots.Threshold(t.threshold, low, high, t.fpr)
+    return None if t is None else plots.Threshold(t.threshold, t.interval[0], t.interval[1], t.fpr)
 
 
 def _series(summary: Summary) -> list[plots.Series]:
     ordinary = [plots.Series("ordinary prompts", summary.thresholds.scores, kind="plain")] if summary.thresholds else []
-    return ordinary + [plots.Series(name, _scores(members), _scores(f for f in members if f.copies)) for name, members in _parts(summary)]
+    return ordinary + [
+        plots.Series(name, _scores(members), _scores(f for f in members if f.copies))
+        for name, members in _parts(summary)
+    ]
 
 
 def _parts(summary: Summary) -> list[tuple[str, list[Finding]]]:
@@ -290,7 +311,9 @@ def _bundles(summary: Summary) -> list[plots.Bundle]:
 
 
 def _singles(summary: Summary) -> list[plots.Bundle]:
-    return [plots.Bundle(printable(f.prompt[:60]), [f.steps.tolist()]) for f in summary.findings[:3] if f.copies or f.above]
+    return [
+        plots.Bundle(printable(f.prompt[:60]), [f.steps.tolist()]) for f in summary.findings[:3] if f.copies or f.above
+    ]
 
 
 def _dose(group: Group) -> plots.Dose:

@@ -12,7 +12,7 @@ from pathlib import Path
 from PIL import Image, ImageOps
 
 from ..records.schema import Nearest
-from .summary import Shot
+from .findings import Shot
 
 SIDE = 256
 """Longest side of a thumbnail, in pixels: twice what the page shows, for dense screens."""
@@ -54,7 +54,9 @@ class Pictures:
         if self.references is None:
             return Picture(None, "reference image not kept")
         if isinstance(self.references, Path):
-            found = next((n for e in EXTENSIONS if (self.references / (n := nearest.reference + e)).is_file()), nearest.reference)
+            found = next(
+                (n for e in EXTENSIONS if (self.references / (n := nearest.reference + e)).is_file()), nearest.reference
+            )
             return _inside(self.references, found, side, "the reference folder")
         path = self.references.get(nearest.reference)
         return thumbnail(path, side) if path else Picture(None, "reference image not given")

@@ -21,7 +21,6 @@ from .svg import (
     drawing,
     fit,
     line,
-    percent,
     polyline,
     spread,
     tag,
@@ -30,12 +29,14 @@ from .svg import (
     x_axis,
     y_axis,
 )
+from .words import percent
 
 WIDTH = 760.0
 LEFT = 168.0
 """Room for row names left of the axis."""
 
-CSS = """
+CSS = (
+    """
 :root{--p-ink:#22262b;--p-soft:#5f6872;--p-line:#8b949e;--p-grid:#e4e7ea;
 --p-0:#0072b2;--p-1:#d55e00;--p-2:#00805d;--p-3:#a8568b;--p-4:#9a6b00;--p-5:#3f6fa8;--p-plain:#9aa4ae}
 @media screen and (prefers-color-scheme:dark){:root{--p-ink:#e6e8ea;--p-soft:#a3abb4;--p-line:#7d8691;--p-grid:#2b3138;
@@ -50,20 +51,23 @@ CSS = """
 .plot polyline{fill:none;stroke-width:2;stroke-linejoin:round} .plot polygon{stroke:none;opacity:.16}
 .plot circle{stroke:none} .plot .whisker{stroke-width:2;fill:none}
 .plot .chance{stroke:var(--p-line);stroke-width:1;stroke-dasharray:2 3} .plot .thin{stroke-width:1;opacity:.8}
-""" + "".join(
-    f".plot polyline.c{i},.plot .whisker.c{i}{{stroke:var(--p-{i})}}"
-    f".plot polygon.c{i},.plot circle.c{i},.plot text.c{i}{{fill:var(--p-{i})}}\n"
-    for i in range(6)
-) + ".plot polyline.c1{stroke-dasharray:7 3}.plot polyline.c2{stroke-dasharray:2 3}.plot polyline.c3{stroke-dasharray:9 3 2 3}\n"
+"""
+    + "".join(
+        f".plot polyline.c{i},.plot .whisker.c{i}{{stroke:var(--p-{i})}}"
+        f".plot polygon.c{i},.plot circle.c{i},.plot text.c{i}{{fill:var(--p-{i})}}\n"
+        for i in range(6)
+    )
+    + ".plot polyline.c1{stroke-dasharray:7 3}.plot polyline.c2{stroke-dasharray:2 3}.plot polyline.c3{stroke-dasharray:9 3 2 3}\n"
+)
 
 
 @dataclass(frozen=True)
 class Threshold:
-    """The line that a figure draws, and how sure it is."""
+    """The line that a figure draws, and how sure it is; a bound that is None is out of sight."""
 
     value: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
     fpr: float
 
     @property
@@ -144,12 +148,17 @@ def _bar(x: float, y: float, width: float, height: float, kind: str, tip: str) -
 
 
 def _threshold(threshold: Threshold, x: Scale, top: float, bottom: float) -> Markup:
-    low, high = (v if math.isfinite(v) else edge for v, edge in ((threshold.low, x.low), (threshold.high, x.high)))
-    left, right, at = x(low), x(high), x(threshold.value)
+    left = x.start if threshold.low is None else x(threshold.low)
+    right = x.stop if threshold.high is None else x(threshold.high)
+    at = x(threshold.value)
     zone = tag("rect", x=left, y=top, width=max(right - left, 0), height=bottom - top, class_="zone")
     anchor, shift = ("end", -6) if at > (x.start + x.stop) / 2 else ("start", 6)
     return tag(
-        "g", zone, line(at, top, at, bottom, "mark"), text(at + shift, top + 9, threshold.words, "strong", anchor), class_="limit"
+        "g",
+        zone,
+        line(at, top, at, bottom, "mark"),
+        text(at + shift, top + 9, threshold.words, "strong", anchor),
+        class_="limit",
     )
 
 
@@ -167,7 +176,7 @@ def _key(kinds: Sequence[str], right: float, y: float) -> Markup:
 
 @dataclass(frozen=True)
 class Curve:
-    """One line of an ROC figure: false- and true-positive rates, both ascending, and how to name it."""
+    """One line of an ROC figure: false- and true-positive rates, both ascending, and how to name it (a second line is small)."""
 
     name: str
     fpr: Sequence[float]
@@ -191,12 +200,12 @@ def roc(curves: Sequence[Curve], *, mark: float = 0.01, log_x: bool = True) -> M
     chance = polyline(zip(grid, rising, strict=True), "chance", "what guessing reaches")
     at = x(mark)
     marks = [line(at, y.start, at, top, "mark"), text(at + 6, y.start - 8, f"{percent(mark)} false positives", "note")]
-    key = [_key_line(left + size + 24, top + 12 + 20 * i, c.name, i) for i, c in enumerate(curves)]
+    key = [_key_line(left + size + 24, top + 12 + 46 * i, c.name, i) for i, c in enumerate(curves)]
     return drawing(
         WIDTH,
         y.start + 48,
         "ROC: true against false positives",
-        "; ".join(c.name for c in curves) or "no curve",
+        "; ".join(c.name.replace("\n", ": ") for c in curves) or "no curve",
         x_axis(x, y.start, "false-positive rate" + (", logarithmic" if log_x else ""), as_percent=True, top=top),
         y_axis(y, left, "true-positive rate", as_percent=True, right=left + size),
         chance,
@@ -213,12 +222,13 @@ def _roc_line(curve: Curve, x: Scale, y: Scale, index: int) -> Markup:
         if points:
             points.append((x(f), points[-1][1]))
         points.append((x(f), y(t)))
-    return polyline(points, f"c{min(index, 5)}", curve.name)
+    return polyline(points, f"c{min(index, 5)}", curve.name.replace("\n", ": "))
 
 
 def _key_line(x: float, y: float, words: str, index: int) -> Markup:
     sample = polyline([(x, y - 4), (x + 22, y - 4)], f"c{min(index, 5)}")
-    return tag("g", sample, text(x + 30, y, words), class_="key")
+    lines = [text(x + 30, y + 16 * i, part, "note" if i else "label") for i, part in enumerate(words.split("\n"))]
+    return tag("g", sample, *lines, class_="key")
 
 
 @dataclass(frozen=True)
@@ -310,7 +320,9 @@ def dose_response(doses: Sequence[Dose]) -> Markup:
     for i, dose in enumerate(doses):
         at, share = x(i), dose.k / dose.n if dose.n else 0.0
         tip = f"{dose.copies} copies in training: {dose.k} of {dose.n}, 95 % interval {percent(dose.low)} to {percent(dose.high)}"
-        whisker = "".join(f"M{a:.2f} {b:.2f}H{c:.2f}" for a, b, c in ((at - 6, y(dose.low), at + 6), (at - 6, y(dose.high), at + 6)))
+        whisker = "".join(
+            f"M{a:.2f} {b:.2f}H{c:.2f}" for a, b, c in ((at - 6, y(dose.low), at + 6), (at - 6, y(dose.high), at + 6))
+        )
         path = f"M{at:.2f} {y(dose.low):.2f}V{y(dose.high):.2f}{whisker}"
         marks += [
             tag("path", d=path, class_="whisker c0"),
@@ -343,7 +355,13 @@ def sparkline(values: Sequence[float], width: float = 132.0, height: float = 30.
     first = tag("circle", cx=xs[0], cy=ys[0], r=3.0, class_="c0")
     told = f"from {finite[0]:.3g} at step 1 to {finite[-1]:.3g} at step {len(finite)}, largest {max(finite):.3g}"
     return drawing(
-        width, height, f"Score over the steps: {told}", "", polyline(zip(xs, ys, strict=True), "c0"), first, class_="plot spark"
+        width,
+        height,
+        f"Score over the steps: {told}",
+        "",
+        polyline(zip(xs, ys, strict=True), "c0"),
+        first,
+        class_="plot spark",
     )
 
 

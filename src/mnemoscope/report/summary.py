@@ -7,25 +7,25 @@ descriptor in *k of n seeds*; what was not tested is listed, and finding nothing
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from functools import partial
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from pydantic import ValidationError
 
-from .. import stats
 from ..errors import RunError, UsageError
-from ..records.schema import Manifest, Nearest, Row, Thresholds
+from ..records.schema import Manifest, Row, Thresholds
 from ..records.store import Run
-from ..records.table import PromptScore, prompt_scores
-from .svg import percent
+from ..records.table import prompt_scores
+from .discrimination import Baseline, Discrimination, discriminations
+from .findings import Finding, Share, findings_of, gather, rounding_of, seeds_of
+from .limits import untested
+from .words import expected, percent, prompts, verb
 
-__all__ = ["Baseline", "Discrimination", "Figure", "Finding", "Group", "Share", "Shot", "Summary", "read_summary", "summarize"]
+__all__ = ["Figure", "Finding", "Group", "Share", "Summary", "read_summary", "summarize"]
 
 FALSE_DISCOVERIES = 0.05
 """Expected share of false calls among the prompts that stay after Benjamini and Hochberg's correction."""
@@ -35,152 +35,6 @@ WORST = 100
 
 
 # What a summary is made of ------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Share:
-    """k of n prompts, with the exact (Clopper–Pearson) 95 % interval; for k = 0 ``upper`` is the one-sided bound."""
-
-    k: int
-    n: int
-    low: float
-    high: float
-    upper: float
-
-    @classmethod
-    def of(cls, k: int, n: int) -> Share:
-        """The share k/n; with n = 0 nothing is known."""
-        if n == 0:
-            return cls(0, 0, 0.0, 1.0, 1.0)
-        both = stats.clopper_pearson(k, n)
-        return cls(k, n, both.low, both.high, stats.upper_bound(k, n).high)
-
-    @property
-    def bounds(self) -> str:
-        """``95 % interval 5.5–57 %``, or for none ``95 % upper bound 22 %``."""
-        if self.k == 0:
-            return f"95 % upper bound {percent(self.upper)}"
-        low, high = percent(self.low), percent(self.high)
-        return f"95 % interval {low.removesuffix(' %')}–{high}"
-
-    @property
-    def words(self) -> str:
-        """``3 of 12 (25 %, 95 % interval 5.5–57 %)``, or ``none found among 12 (95 % upper bound 22 %)``."""
-        if self.n == 0:
-            return "not tested"
-        if self.k == 0:
-            return f"none found among {self.n:,} ({self.bounds})"
-        return f"{self.k:,} of {self.n:,} ({percent(self.k / self.n)}, {self.bounds})"
-
-
-@dataclass(frozen=True)
-class Shot:
-    """One generated sample: what its row says about picture and score."""
-
-    seed: int
-    score: float | None
-    image: str | None
-    nearest: Nearest | None
-
-
-@dataclass(frozen=True, eq=False)
-class Finding:
-    """One prompt, over all its seeds.
-
-    Attributes:
-        prompt_id: Its id.
-        prompt: Its text, as it stands in the rows.
-        group: Its group in the prompt source.
-        label: Known ground truth, or None.
-        seeds: Seeds that gave a result.
-        failed: Seeds that failed.
-        score: Mean score over the seeds; None: nothing was scored.
-        p: Conformal p-value against ordinary prompts; None: not calibrated, or too few seeds to compare.
-        q: p, adjusted for the number of prompts (Benjamini–Hochberg).
-        above: Score above the threshold; None as for ``p``.
-        borderline: The score is within rounding of the threshold: another machine may call it differently.
-        copies: Seeds with a copy found.
-        compared: Seeds whose picture was compared with references under a calibrated descriptor.
-        dropped: Tokens of the prompt that the encoder never saw.
-        fpr: The false-positive rate that ``above`` refers to.
-        steps: Mean score at each step, ``[step]``.
-        shots: The samples, those with a copy first, then by similarity.
-    """
-
-    prompt_id: str
-    prompt: str
-    group: str | None
-    label: bool | None
-    seeds: int
-    failed: int
-    score: float | None
-    p: float | None
-    q: float | None
-    above: bool | None
-    borderline: bool
-    copies: int
-    compared: int
-    dropped: int
-    fpr: float | None
-    steps: np.ndarray
-    shots: tuple[Shot, ...]
-
-    @property
-    def best(self) -> Nearest | None:
-        """The nearest reference over all seeds."""
-        return next((shot.nearest for shot in self.shots if shot.nearest is not None), None)
-
-    @property
-    def severity(self) -> tuple[bool, bool, int, float]:
-        """Larger is worse: a copy found before none, above threshold before not, then more seeds, then the score."""
-        score = -math.inf if self.score is None else self.score
-        return self.copies > 0, bool(self.above), self.copies, score
-
-    @property
-    def score_words(self) -> str:
-        """``above threshold at 1 % FPR (p = 0.005)``, and what else can be said about the score."""
-        if self.score is None:
-            return "no score: every seed failed" if self.failed and not self.seeds else "not scored"
-        if self.above is None or self.fpr is None:
-            return "score only, not calibrated" if self.fpr is None else f"not judged: {_of(self.seeds, self.failed)} seeds"
-        where = "above" if self.above else "not above"
-        words = f"{where} threshold at {percent(self.fpr)} FPR (p = {self.p:.2g})"
-        return words + (", borderline: within rounding of it" if self.borderline else "")
-
-    @property
-    def copy_words(self) -> str:
-        """``copy found (pixels 0.93, reference #17) in 3 of 4 seeds``, or why there is none."""
-        best = self.best
-        if best is None:
-            return "copies: not tested"
-        named = f"{best.descriptor} {best.similarity:.2f}, reference {_reference(best.reference)}"
-        if not self.compared:
-            return f"nearest {named}; not calibrated, so no copy is called"
-        if not self.copies:
-            return f"no copy found in {self.compared} of {self.seeds} seeds (nearest {named})"
-        return f"copy found ({named}) in {self.copies} of {self.compared} seeds"
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        best = self.best
-        return {
-            "prompt_id": self.prompt_id,
-            "prompt": self.prompt,
-            "group": self.group,
-            "label": self.label,
-            "seeds": self.seeds,
-            "failed": self.failed,
-            "score": self.score,
-            "p": self.p,
-            "q": self.q,
-            "above": self.above,
-            "borderline": self.borderline,
-            "copies": self.copies,
-            "compared": self.compared,
-            "nearest": None if best is None else best.model_dump(),
-            "tokens_dropped": self.dropped,
-            "words": [self.score_words, self.copy_words],
-        }
 
 
 @dataclass(frozen=True)
@@ -210,27 +64,6 @@ class Group:
     copies: Share | None
     dose: int | None
     """Copies of each picture in training, where known."""
-
-
-@dataclass(frozen=True)
-class Baseline:
-    """What the wording alone can tell: out-of-fold scores per prompt text, and clusters of near-duplicate prompts."""
-
-    scores: Mapping[str, float]
-    clusters: Mapping[str, int] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, eq=False)
-class Discrimination:
-    """How well one score separates prompts of known label."""
-
-    name: str
-    positives: int
-    negatives: int
-    auc: stats.Interval
-    tpr: stats.Interval
-    """True-positive rate at a false-positive rate strictly below 1 %."""
-    roc: stats.Roc
 
 
 @dataclass(frozen=True, eq=False)
@@ -283,34 +116,40 @@ class Summary:
     @property
     def headline(self) -> str:
         """One sentence: the strongest thing that can be said, with its interval."""
-        seeds = f"{self.seeds} seed each" if self.seeds == 1 else f"{self.seeds} seeds each"
+        on = f"on {prompts(self.seeds, 'seed')} each"
+        if self.copies is not None and self.copies.k:
+            found = f"{self.copies.k:,} of {prompts(self.copies.n)}"
+            return f"A copy of a reference image was found for {found} ({self.copies.bounds}), {on}."
         if self.copies is not None:
-            return self._copies_sentence(seeds)
+            return (
+                f"No copy of a reference image was found among {prompts(self.copies.n)}, {on} ({self.copies.bounds})."
+            )
         if self.above is not None:
-            return self._above_sentence() + f", on {seeds}."
+            return f"{self._above_words(self.above)}, {on}."
         scored = sum(f.score is not None for f in self.findings)
-        return f"{_prompts(scored)} {'was' if scored == 1 else 'were'} scored, on {seeds}; there is no threshold, so only their order means something."
+        if not scored:
+            return f"Nothing could be scored or compared, for {prompts(len(self.findings))}."
+        only = f"{prompts(scored)} {verb(scored, 'was', 'were')} scored, {on}"
+        return f"{only}; there is no threshold, so only their order means something."
 
     @property
     def subline(self) -> str:
         """The second sentence, where there is more to say."""
-        return self._above_sentence() + "." if self.copies is not None and self.above is not None else ""
+        if self.copies is None or self.above is None:
+            return ""
+        return f"{self._above_words(self.above)}; {expected(self.above.n * self._fpr)} would by chance."
 
-    def _copies_sentence(self, seeds: str) -> str:
-        share = self.copies
-        assert share is not None
-        if share.k == 0:
-            return f"No copy of a reference image was found among {_prompts(share.n)}, on {seeds} ({share.bounds})."
-        return f"A copy of a reference image was found for {share.k:,} of {_prompts(share.n)} ({share.bounds}), on {seeds}."
+    @property
+    def _fpr(self) -> float:
+        return self.thresholds.fpr if self.thresholds else math.nan
 
-    def _above_sentence(self) -> str:
-        share, fpr = self.above, self.thresholds.fpr if self.thresholds else math.nan
-        assert share is not None
-        chance = f"{_expected(share.n * fpr)} would by chance"
-        if share.k == 0:
-            return f"None of {_prompts(share.n)} scores above the threshold for {percent(fpr)} false positives ({share.bounds}); {chance}"
-        verb = "scores" if share.k == 1 else "score"
-        return f"{share.k:,} of {_prompts(share.n)} {verb} above the threshold for {percent(fpr)} false positives ({share.bounds}); {chance}"
+    def _above_words(self, share: Share) -> str:
+        who = (
+            f"{share.k:,} of {prompts(share.n)} {verb(share.k, 'scores', 'score')}"
+            if share.k
+            else f"None of {prompts(share.n)} scores"
+        )
+        return f"{who} above the threshold for {percent(self._fpr)} false positives ({share.bounds})"
 
     @property
     def worst(self) -> list[Finding]:
@@ -340,17 +179,16 @@ class Summary:
             "significant": self.significant,
             "false_discovery_rate": FALSE_DISCOVERIES if self.significant is not None else None,
             "threshold": _threshold(self.thresholds),
-            "groups": [
-                {**asdict(g), "above": _share(g.above), "copies": _share(g.copies)} for g in self.groups
-            ],
+            "groups": [{**asdict(g), "above": _share(g.above), "copies": _share(g.copies)} for g in self.groups],
             "discrimination": [
                 {
                     "score": d.name,
                     "positives": d.positives,
                     "negatives": d.negatives,
-                    "auc": asdict(d.auc),
-                    "tpr_below_1_percent_fpr": asdict(d.tpr),
-                    "roc": {"fpr": d.roc.fpr.tolist(), "tpr": d.roc.tpr.tolist(), "threshold": d.roc.threshold.tolist()},
+                    **asdict(d.separation),
+                    "roc": None
+                    if d.roc is None
+                    else {k: getattr(d.roc, k).tolist() for k in ("fpr", "tpr", "threshold")},
                 }
                 for d in self.discrimination
             ],
@@ -377,7 +215,7 @@ def read_summary(folder: str | Path, *, detector: str | None = None) -> Summary:
     """
     run = Run(folder)
     thresholds = _load(run.folder / "thresholds.json", Thresholds.model_validate_json)
-    baseline = _load(run.folder / "controls.json", _baseline)
+    baseline = _load(run.folder / "controls.json", Baseline.parse)
     return summarize(_Rows(run), run.manifest, thresholds, baseline, detector=detector, name=run.folder.resolve().name)
 
 
@@ -406,19 +244,23 @@ def summarize(
     """
     if isinstance(rows, Iterator):
         raise UsageError("summarize reads the rows twice: give a list, or a Run through read_summary, not a generator.")
-    evidence, names = _gather(rows)
-    chosen = detector or (thresholds.detector if thresholds and thresholds.detector in names else next(iter(names), None))
+    evidence, names = gather(rows)
+    chosen = detector or (
+        thresholds.detector if thresholds and thresholds.detector in names else next(iter(names), None)
+    )
     strange = thresholds is not None and thresholds.detector != chosen
     used = None if strange else thresholds
     scored = {} if chosen is None else {(s.prompt_id, s.prompt): s for s in prompt_scores(rows, chosen)}
-    seeds = _seeds(used, evidence)
-    findings = _findings(evidence, scored, chosen, used, seeds, _rounding(manifest))
-    judged = _discriminations(findings, chosen, baseline)
-    untested = list(_untested(manifest, findings, used, seeds, evidence))
+    seeds = seeds_of(used, evidence)
+    findings = findings_of(evidence, scored, chosen, used, seeds, rounding_of(manifest))
+    discrimination, missing = discriminations(findings, chosen, baseline)
+    gaps = list(untested(manifest, findings, used, seeds))
     if strange and thresholds is not None:
-        untested.insert(0, f"The thresholds belong to {thresholds.detector}, the scores shown to {chosen}; they were not used.")
-    if isinstance(judged, str):
-        untested.append(judged)
+        gaps.insert(
+            0, f"The thresholds belong to {thresholds.detector}, the scores shown to {chosen}; they were not used."
+        )
+    if missing:
+        gaps.append(missing)
     q = [f.q for f in findings if f.q is not None]
     return Summary(
         name=name,
@@ -432,8 +274,8 @@ def summarize(
         figures=_figures(findings, used, seeds),
         significant=sum(v <= FALSE_DISCOVERIES for v in q) if used else None,
         groups=_groups(findings, manifest.doses),
-        discrimination=[] if isinstance(judged, str) else judged,
-        untested=untested,
+        discrimination=discrimination,
+        untested=gaps,
     )
 
 
@@ -447,137 +289,15 @@ class _Rows:
         return self.run.rows()
 
 
-@dataclass
-class _Evidence:
-    """What the rows of one prompt say, apart from the score."""
-
-    row: Row
-    ok: int = 0
-    failed: int = 0
-    copies: int = 0
-    compared: int = 0
-    dropped: int = 0
-    steps: dict[str, list[np.ndarray]] = field(default_factory=dict)
-    shots: list[tuple[Shot, dict[str, float]]] = field(default_factory=list)
-
-    def take(self, row: Row) -> None:
-        self.dropped = max(self.dropped, row.tokens_dropped)
-        if row.status == "error":
-            self.failed += 1
-            return
-        self.ok += 1
-        if row.nearest is not None and row.nearest.copy_found is not None:
-            self.compared += 1
-            self.copies += row.nearest.copy_found
-        for name, score in row.scores.items():
-            self.steps.setdefault(name, []).append(np.asarray(score.per_step, dtype=np.float32))
-        values = {name: score.value for name, score in row.scores.items()}
-        self.shots.append((Shot(row.seed, None, row.image, row.nearest), values))
-
-
-def _gather(rows: Iterable[Row]) -> tuple[dict[tuple[str, str], _Evidence], list[str]]:
-    """Evidence per prompt, in the order of first appearance, and the names of all scores."""
-    found: dict[tuple[str, str], _Evidence] = {}
-    names: dict[str, None] = {}
-    for row in rows:
-        names |= dict.fromkeys(row.scores)
-        key = (row.prompt_id, row.prompt)
-        if key not in found:
-            found[key] = _Evidence(row.model_copy(update={"scores": {}, "nearest": None}))
-        found[key].take(row)
-    return found, list(names)
-
-
-def _seeds(thresholds: Thresholds | None, evidence: Mapping[tuple[str, str], _Evidence]) -> int:
-    """Seeds that a prompt must have to be judged: what the calibration used, else the most that any prompt has."""
-    asked = thresholds.setting.get("seeds") if thresholds else None
-    return asked if isinstance(asked, int) else max((e.ok for e in evidence.values()), default=0)
-
-
-def _rounding(manifest: Manifest) -> float:
-    """Relative rounding of a score under the run's dtype; that of float32 when the run does not say."""
-    dtype = str(manifest.target.get("dtype") or manifest.machine.get("dtype") or "float32").removeprefix("torch.")
-    return stats.rounding(dtype) if dtype in ("float64", "float32", "float16", "bfloat16") else stats.rounding("float32")
-
-
-def _findings(
-    evidence: Mapping[tuple[str, str], _Evidence],
-    scored: Mapping[tuple[str, str], PromptScore],
-    detector: str | None,
-    thresholds: Thresholds | None,
-    seeds: int,
-    rtol: float,
-) -> list[Finding]:
-    """One finding per prompt; p-values for those with as many seeds as the calibration had."""
-    comparable = [key for key, s in scored.items() if len(s.values) == seeds] if thresholds else []
-    judged = dict(zip(comparable, _judge([scored[k].score for k in comparable], thresholds, rtol), strict=True))
-    return [_finding(e, scored.get(key), detector, judged.get(key), thresholds) for key, e in evidence.items()]
-
-
-@dataclass(frozen=True)
-class _Verdict:
-    p: float
-    q: float
-    above: bool
-    borderline: bool
-
-
-def _judge(scores: Sequence[float], thresholds: Thresholds | None, rtol: float) -> list[_Verdict]:
-    """p, adjusted p and the call for each score; the adjustment is over exactly these scores."""
-    if thresholds is None or not scores:
-        return []
-    p = stats.conformal_p(scores, thresholds.scores)
-    q = stats.benjamini_hochberg(p)
-    line = thresholds.threshold
-    return [
-        _Verdict(float(a), float(b), s > line, stats.borderline(s, line, rtol)) for s, a, b in zip(scores, p, q, strict=True)
-    ]
-
-
-def _finding(
-    e: _Evidence, scored: PromptScore | None, detector: str | None, verdict: _Verdict | None, thresholds: Thresholds | None
-) -> Finding:
-    shots = [Shot(s.seed, values.get(detector or ""), s.image, s.nearest) for s, values in e.shots]
-    return Finding(
-        prompt_id=e.row.prompt_id,
-        prompt=e.row.prompt,
-        group=e.row.group,
-        label=e.row.label,
-        seeds=e.ok,
-        failed=e.failed,
-        score=scored.score if scored else None,
-        p=verdict.p if verdict else None,
-        q=verdict.q if verdict else None,
-        above=verdict.above if verdict else None,
-        borderline=verdict.borderline if verdict else False,
-        copies=e.copies,
-        compared=e.compared,
-        dropped=e.dropped,
-        fpr=thresholds.fpr if thresholds else None,
-        steps=_mean_steps(e.steps.get(detector or "", [])),
-        shots=tuple(sorted(shots, key=_closeness, reverse=True)),
-    )
-
-
-def _mean_steps(curves: Sequence[np.ndarray]) -> np.ndarray:
-    """Mean over seeds of the per-step scores, up to the step that all seeds reached."""
-    length = min((len(c) for c in curves), default=0)
-    return np.mean([c[:length] for c in curves], axis=0) if length else np.empty(0, dtype=np.float32)
-
-
-def _closeness(shot: Shot) -> tuple[bool, float, int]:
-    if shot.nearest is None:
-        return False, -math.inf, -shot.seed
-    return bool(shot.nearest.copy_found), shot.nearest.similarity, -shot.seed
-
-
 # The first screen ---------------------------------------------------------------------------------------------------------
 
 
 def _figures(findings: Sequence[Finding], thresholds: Thresholds | None, seeds: int) -> tuple[Figure, Figure, Figure]:
     above, copies = _above(findings), _copies(findings)
     both = [f for f in findings if f.above is not None and f.compared]
-    joint = Share.of(sum(bool(f.above) and f.copies > 0 for f in both), len(both)) if above and copies and both else None
+    joint = (
+        Share.of(sum(bool(f.above) and f.copies > 0 for f in both), len(both)) if above and copies and both else None
+    )
     copied = sum(f.copies > 0 for f in both)
     return (
         Figure("Above threshold", above, _above_meaning(thresholds), _above_detail(findings, thresholds)),
@@ -592,7 +312,7 @@ def _figures(findings: Sequence[Finding], thresholds: Thresholds | None, seeds: 
             "Both",
             joint,
             "The score is above the threshold and a copy was found: two kinds of evidence that do not use each other.",
-            f"of {_prompts(copied)} with a copy found, the score flagged {joint.k:,}" if joint and copied else "",
+            f"of {prompts(copied)} with a copy found, the score flagged {joint.k:,}" if joint and copied else "",
         ),
     )
 
@@ -621,7 +341,7 @@ def _above_detail(findings: Sequence[Finding], thresholds: Thresholds | None) ->
     if thresholds is None or not q:
         return ""
     kept = sum(v <= FALSE_DISCOVERIES for v in q)
-    return f"{kept:,} stay after correction for {_prompts(len(q))} (Benjamini–Hochberg, {percent(FALSE_DISCOVERIES)} false discoveries)"
+    return f"{kept:,} stay after correction for {prompts(len(q))} (Benjamini–Hochberg, {percent(FALSE_DISCOVERIES)} false discoveries)"
 
 
 def _copies_detail(findings: Sequence[Finding], seeds: int) -> str:
@@ -645,125 +365,7 @@ def _group(name: str | None, members: Sequence[Finding], doses: Mapping[str, int
     return Group(name or "(no group)", len(members), middle, _above(members), _copies(members), dose)
 
 
-# Known labels -------------------------------------------------------------------------------------------------------------
-
-
-def _discriminations(findings: Sequence[Finding], detector: str | None, baseline: Baseline | None) -> list[Discrimination] | str:
-    """AUC and TPR of the detector, then of the text-only baseline on the same prompts; a sentence where labels do not allow it."""
-    known = [f for f in findings if f.label is not None and f.score is not None]
-    if not known or detector is None:
-        return []
-    labels = [bool(f.label) for f in known]
-    clusters = [baseline.clusters.get(f.prompt, -1 - i) for i, f in enumerate(known)] if baseline else None
-    try:
-        out = [_discriminate(detector, [f.score for f in known if f.score is not None], labels, clusters)]
-    except UsageError as e:
-        return f"How well the score separates labeled prompts was not computed: {e}"
-    text = [] if baseline is None else [baseline.scores.get(f.prompt) for f in known]
-    values = [v for v in text if v is not None]
-    if values and len(values) == len(known):
-        out.append(_discriminate("text only", values, labels, clusters))
-    return out
-
-
-def _discriminate(name: str, scores: Sequence[float], labels: Sequence[bool], clusters: Sequence[int] | None) -> Discrimination:
-    tpr = partial(stats.tpr_at_fpr, fpr=0.01)
-    return Discrimination(
-        name,
-        sum(labels),
-        len(labels) - sum(labels),
-        stats.cluster_bootstrap(stats.auc, scores, labels, clusters),
-        stats.cluster_bootstrap(tpr, scores, labels, clusters),
-        stats.roc(scores, labels),
-    )
-
-
-# What was not tested ------------------------------------------------------------------------------------------------------
-
-
-def _untested(
-    manifest: Manifest,
-    findings: Sequence[Finding],
-    thresholds: Thresholds | None,
-    seeds: int,
-    evidence: Mapping[tuple[str, str], _Evidence],
-) -> Iterator[str]:
-    """Sentences, the gravest first."""
-    rows = sum(e.ok + e.failed for e in evidence.values())
-    if manifest.status != "done":
-        yield f"The run is {manifest.status}: {rows:,} of {manifest.asked:,} samples are there."
-    failed = sum(f.failed for f in findings)
-    if failed:
-        lost = sum(not f.seeds for f in findings)
-        yield f"{failed:,} of {rows:,} samples failed; {_prompts(lost)} {_have(lost)} no result at all."
-    if thresholds is None and any(f.score is not None for f in findings):
-        yield "Scores are not calibrated for this model: their order means something, a verdict does not. Run `mnemoscope calibrate`."
-    if thresholds is not None:
-        yield from _unjudged(findings, thresholds, seeds)
-    yield from _uncompared(findings)
-    truncated = sum(f.dropped > 0 for f in findings)
-    if truncated:
-        yield f"{_prompts(truncated)} {_have(truncated)} more tokens than the encoder can see; what lies beyond was not tested."
-    if seeds and any(f.compared for f in findings):
-        chance = 0.9**seeds
-        yield (
-            f"Other seeds: a prompt that gives a copy in 1 of 10 seeds is missed with probability {percent(chance)} "
-            f"when {seeds} {'is' if seeds == 1 else 'are'} tried."
-        )
-    yield from manifest.notes
-
-
-def _unjudged(findings: Sequence[Finding], thresholds: Thresholds, seeds: int) -> Iterator[str]:
-    few = sum(f.score is not None and f.above is None for f in findings)
-    if few:
-        yield f"{_prompts(few)} {_have(few)} other than {seeds} seeds, which the threshold is made for, and {'was' if few == 1 else 'were'} not judged."
-    close = sum(f.borderline for f in findings)
-    if close:
-        yield f"{_prompts(close)} {'is' if close == 1 else 'are'} borderline: within rounding of the threshold, so another machine may call {'it' if close == 1 else 'them'} differently."
-    n = len(thresholds.scores)
-    try:
-        true = stats.realized_fpr(n, thresholds.fpr)
-    except UsageError:
-        return
-    yield (
-        f"The threshold rests on {_prompts(n, 'ordinary prompt')}: its true false-positive rate lies between "
-        f"{percent(true.low)} and {percent(true.high)} (95 %), and no p-value can be below {1 / (n + 1):.2g}."
-    )
-
-
-def _uncompared(findings: Sequence[Finding]) -> Iterator[str]:
-    near, compared = sum(f.best is not None for f in findings), sum(f.compared > 0 for f in findings)
-    if not near:
-        yield "No reference images were given, so whether an image is a copy was not tested."
-        return
-    if not compared:
-        yield "The descriptor is not calibrated, so similarities are listed and no copy is called."
-    elif compared < len(findings):
-        yield f"{_prompts(len(findings) - compared)} of {len(findings):,} {_have(len(findings) - compared)} no image that was compared with references."
-    yield "A copy of an image outside the reference set cannot be found."
-
-
-# Small words --------------------------------------------------------------------------------------------------------------
-
-
-def _prompts(n: int, noun: str = "prompt") -> str:
-    return f"{n:,} {noun}" if n == 1 else f"{n:,} {noun}s"
-
-
-def _have(n: int) -> str:
-    return "has" if n == 1 else "have"
-
-
-def _of(seeds: int, failed: int) -> str:
-    return f"{seeds} of {seeds + failed}"
-
-
-def _expected(count: float) -> str:
-    return "fewer than 1" if count < 0.95 else f"about {count:.0f}"
-
-
-def _reference(name: str) -> str:
-    return f"#{name}" if name.isdigit() else name
+# Plain values -------------------------------------------------------------------------------------------------------------
 
 
 def _share(share: Share | None) -> dict[str, Any] | None:
@@ -792,9 +394,6 @@ def _load(path: Path, read: Callable[[bytes], Any]) -> Any:
     try:
         return read(path.read_bytes())
     except (OSError, ValueError, ValidationError) as e:
-        raise RunError(f"{path} cannot be read ({str(e).splitlines()[0]}); restore it, or delete it to go without.") from e
-
-
-def _baseline(data: bytes) -> Baseline:
-    content = json.loads(data)
-    return Baseline({k: float(v) for k, v in content["scores"].items()}, content.get("clusters", {}))
+        raise RunError(
+            f"{path} cannot be read ({str(e).splitlines()[0]}); restore it, or delete it to go without."
+        ) from e

@@ -7,21 +7,14 @@ number that is not finite is an error here rather than a ``NaN`` in somebody's b
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from markupsafe import Markup, escape
 
+from .words import percent, printable
+
 Attribute = str | float | None
-
-# Characters that XML 1.0 cannot carry at all, and lone surrogates, which UTF-8 cannot.
-_UNPRINTABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
-
-
-def printable(text: str) -> str:
-    """``text`` with control characters made visible (NUL becomes ␀), so that it can stand in XML, HTML and UTF-8."""
-    return _UNPRINTABLE.sub(lambda m: chr(0x2400 + ord(m[0])) if ord(m[0]) < 0x20 else "\ufffd", text)
 
 
 def number(value: float) -> str:
@@ -97,11 +90,10 @@ class Scale:
     log: bool = False
 
     def __call__(self, value: float) -> float:
+        """The position of a value."""
         value = min(max(value, self.low), self.high)
-        if self.log:
-            share = math.log(value / self.low) / math.log(self.high / self.low)
-        else:
-            share = (value - self.low) / (self.high - self.low)
+        value, low, high = (math.log(v) if self.log else v for v in (value, self.low, self.high))
+        share = (value - low) / (high - low)
         return self.start + share * (self.stop - self.start)
 
     def ticks(self, count: int = 6) -> list[float]:
@@ -168,14 +160,6 @@ def tick_label(value: float) -> str:
     mantissa, exponent = f"{value:.0e}".split("e")
     power = "10" + str(int(exponent)).translate(_SUPERSCRIPT)
     return power if mantissa == "1" else f"{mantissa}×{power}"
-
-
-def percent(value: float) -> str:
-    """A share as a percentage with as many digits as it deserves: 0.5 %, 3 %, 57 %."""
-    share = 100 * value
-    if share and abs(share) < 0.1:
-        return f"{share:.1g} %"
-    return f"{share:.1f} %" if abs(share) < 10 and round(share, 1) != round(share) else f"{share:.0f} %"
 
 
 def x_axis(scale: Scale, y: float, name: str, *, as_percent: bool = False, top: float | None = None) -> Markup:

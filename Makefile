@@ -1,0 +1,47 @@
+# Two commands for a new machine with Python 3.10 or newer: `make demo` and `make test`. Both create .venv when it is missing.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: help demo test lint types contracts pytest wheel world clean
+
+help:  ## what can be made
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+.venv/.run: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable .
+	touch $@
+
+.venv/.dev: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch .venv/.run $@
+
+demo: .venv/.run  ## audit the bundled model and write a report
+	$(BIN)/mnemoscope demo
+
+test: lint types contracts pytest wheel  ## everything CI checks
+
+lint: .venv/.dev  ## format and style
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+types: .venv/.dev  ## types of src
+	$(BIN)/mypy
+
+contracts: .venv/.dev  ## which rooms may know each other
+	$(BIN)/lint-imports
+
+pytest: .venv/.dev  ## the tests; warnings are errors
+	$(BIN)/pytest
+
+wheel: .venv/.dev  ## build the wheel and use it away from this folder
+	rm -rf build/wheel
+	$(BIN)/python -m build --wheel --no-isolation --outdir build/wheel > /dev/null
+	$(BIN)/python tests/check_wheel.py build/wheel
+
+world: .venv/.run  ## rebuild the bundled pictures from their packages (needs npm) and compare
+	$(BIN)/python -m mnemoscope.demo.build build/world --check
+
+clean:  ## remove everything that was made
+	rm -rf .venv build runs .pytest_cache .mypy_cache .ruff_cache .hypothesis

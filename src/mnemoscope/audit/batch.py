@@ -1,0 +1,283 @@
+"""One batch of samples: a trajectory that all detectors watch, rows that come out.
+
+The least work there is: the null prediction of the first step is computed once per seed for a whole audit, steps run only as
+far as somebody looks, pictures are decoded only when asked for, and scores leave the device once per batch.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import io
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeAlias
+
+import torch
+from jaxtyping import Float
+from PIL import Image
+from torch import Tensor
+
+from ..detect.base import Detector
+from ..errors import ModelFault
+from ..models.base import Condition, Target
+from ..models.sampling import denoise, null_output
+from ..records.schema import Nearest, Row, Score
+from ..types import Latents, Step
+from .config import AuditConfig
+from .prompts import Prompt
+
+__all__ = ["Examiner", "Reference", "Sample"]
+
+TEXT_BATCH = 32
+"""Prompts that are encoded together, ahead of their turn."""
+
+Pictures = Float[Tensor, "batch 3 height width"]
+
+
+class Reference(Protocol):
+    """Pictures a copy could be of. May also have ``image(id) -> [3, height, width]``, to be kept beside the copy."""
+
+    name: str
+
+    def nearest(self, images: Pictures) -> Sequence[Any]:
+        """For each picture in [0, 1] an object with the fields of :class:`~mnemoscope.records.schema.Nearest`."""
+        ...
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One prompt with one seed."""
+
+    id: str
+    prompt: Prompt
+    seed: int
+
+
+class Examiner:
+    """Turns samples into rows.
+
+    Args:
+        target: The model.
+        detectors: Fresh detectors by the name of their score; they are copied for each batch, never shown a step themselves.
+        config: Settings of the trajectory.
+        upcoming: Prompts in the order in which they will be asked for.
+        save: Writes a file of the run and returns its name.
+        reference: Where the nearest to each picture is looked up.
+    """
+
+    def __init__(
+        self,
+        target: Target,
+        detectors: Mapping[str, Detector],
+        config: AuditConfig,
+        upcoming: Sequence[str],
+        save: Callable[[str, bytes], str],
+        reference: Reference | None = None,
+    ):
+        self.target, self.detectors, self.config = target, dict(detectors), config
+        self.save, self.reference = save, reference
+        self.stop = steps_run(config, detectors)
+        self._null = target.encode([""]) if needs_null(config, target, detectors) else None
+        self._texts = _Texts(target, upcoming)
+        self._bank = _Bank(target, config, self._null)
+        self._kept_references: dict[str, str | None] = {}
+
+    def rows(self, batch: Sequence[Sample]) -> list[Row]:
+        """One row per sample. A sample whose values are not finite becomes an error row; its neighbours do not suffer."""
+        began = time.perf_counter()
+        noise, first_null = self._bank.rows(batch)
+        before = self.target.forwards
+        watching = {name: copy.deepcopy(d) for name, d in self.detectors.items()}
+        times: list[float] = []
+        for step in self._trajectory(batch, noise, first_null):
+            times.append(step.t)
+            for detector in watching.values():
+                if step.index < detector.steps_needed:
+                    detector.update(step)
+        values = _to_host(watching)
+        pictures = self.target.decode(step.x_next) if self.config.images and step.x_next is not None else None
+        faults = [_fault({n: v[i] for n, v in values.items()}, times, pictures, i) for i in range(len(batch))]
+        nearest = self._nearest(pictures, faults)
+        rows = []
+        for i, (sample, fault) in enumerate(zip(batch, faults, strict=True)):
+            row = _bare(sample) if fault is None else self.failed(sample, ModelFault(fault))
+            if fault is None:
+                row.scores = {n: _score(d.space or self.target.space, values[n][i]) for n, d in watching.items()}
+                row.nearest = nearest[i]
+                row.image = None if pictures is None else self._keep(sample.id, pictures[i])
+                self._say_truncation(row)
+            row.forwards = (self.target.forwards - before) // len(batch)
+            row.seconds = round((time.perf_counter() - began) / len(batch), 6)
+            rows.append(row)
+        return rows
+
+    def failed(self, sample: Sample, error: BaseException) -> Row:
+        """The row of a sample that raised."""
+        return _bare(sample).model_copy(update={"status": "error", "error": f"{type(error).__name__}: {error}"[:2000]})
+
+    def _trajectory(self, batch: Sequence[Sample], noise: Latents, first_null: Latents | None) -> Iterator[Step]:
+        cond = self._texts([s.prompt.text for s in batch]) if self.target.has_text else None
+        # No check: NaN stays in its own sample and is named after the batch's one transfer.
+        run = denoise(
+            self.target,
+            noise,
+            cond,
+            self._null,
+            steps=self.config.steps,
+            guidance=self.config.guidance,
+            first_null=first_null,
+            check=False,
+        )
+        for step in run:
+            yield step
+            if self.stop is not None and step.index + 1 >= self.stop:
+                return
+
+    def _say_truncation(self, row: Row) -> None:
+        row.tokens_dropped = self.target.dropped(row.prompt) if self.target.has_text else 0
+        if row.tokens_dropped:
+            row.note = f"prompt truncated: the model never saw its last {row.tokens_dropped} tokens"
+
+    def _keep(self, name: str, picture: Tensor) -> str:
+        return self.save(f"images/{name}.webp", _webp(picture))
+
+    def _nearest(self, pictures: Pictures | None, faults: list[str | None]) -> list[Nearest | None]:
+        sound = [i for i, fault in enumerate(faults) if fault is None]
+        found: list[Nearest | None] = [None] * len(faults)
+        if self.reference is None or pictures is None or not sound:
+            return found
+        for i, match in zip(sound, self.reference.nearest(pictures[sound]), strict=True):
+            record = Nearest.model_validate(match, from_attributes=True)
+            found[i] = (
+                record if record.file else record.model_copy(update={"file": self._reference_file(record.reference)})
+            )
+        return found
+
+    def _reference_file(self, key: str) -> str | None:
+        """A copy of the reference picture in the run folder, where the reference set can show it."""
+        if key not in self._kept_references:
+            image = getattr(self.reference, "image", None)
+            name = f"reference-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
+            self._kept_references[key] = None if image is None else self._keep(name, image(key))
+        return self._kept_references[key]
+
+
+def steps_run(config: AuditConfig, detectors: Mapping[str, Detector]) -> int | None:
+    """How many steps of a trajectory are run; None: all of them, because a picture is wanted."""
+    return None if config.images else max(d.steps_needed for d in detectors.values())
+
+
+def needs_null(config: AuditConfig, target: Target, detectors: Mapping[str, Detector]) -> bool:
+    """Whether a prediction without the prompt is made: for a detector that compares, or to guide more than one step."""
+    if any("uncond" in d.needs for d in detectors.values()):
+        return target.has_text
+    guidance = target.guidance if config.guidance is None else config.guidance
+    return target.has_text and guidance > 1 and steps_run(config, detectors) != 1
+
+
+class _Texts:
+    """Encoded prompts: in batches, each prompt once, never more than a batch ahead in memory."""
+
+    def __init__(self, target: Target, upcoming: Sequence[str]):
+        self.target = target
+        self._order = list(dict.fromkeys(upcoming))
+        self._place = {text: i for i, text in enumerate(self._order)}
+        self._rows: dict[str, Condition] = {}
+
+    def __call__(self, texts: Sequence[str]) -> Condition:
+        wanted = list(dict.fromkeys(texts))
+        missing = [t for t in wanted if t not in self._rows]
+        if missing:
+            kept = {t: self._rows[t] for t in wanted if t in self._rows}
+            self._rows = kept | self._encode(missing)
+        return Condition.cat([self._rows[t] for t in texts])
+
+    def _encode(self, missing: list[str]) -> dict[str, Condition]:
+        start = self._place.get(missing[0], 0)
+        block = list(dict.fromkeys([*missing, *self._order[start : start + TEXT_BATCH]]))
+        try:
+            encoded = self.target.encode(block)
+        except Exception:
+            # One prompt that cannot be encoded must not fail those whose turn has not come.
+            block, encoded = missing, self.target.encode(missing)
+        return {text: encoded.select(torch.tensor([i])) for i, text in enumerate(block)}
+
+
+class _Bank:
+    """Starting noises, and the null prediction of the first step where all prompts share them."""
+
+    def __init__(self, target: Target, config: AuditConfig, null: Condition | None):
+        self.target, self.config, self.null = target, config, null
+        self._noise: dict[int, Tensor] = {}
+        self._first: dict[int, Tensor] = {}
+
+    def rows(self, batch: Sequence[Sample]) -> tuple[Latents, Latents | None]:
+        """Noise of each sample, and its null prediction (None: nobody needs one, or each prompt has its own noise)."""
+        if self.config.seed_mode == "per-prompt":
+            own = [self.target.noise([s.seed], own_base(self.config.base_seed, s.prompt.text)) for s in batch]
+            return torch.cat(own), None
+        seeds = [s.seed for s in batch]
+        if missing := [s for s in dict.fromkeys(seeds) if s not in self._noise]:
+            noise = self.target.noise(missing, self.config.base_seed)
+            if self.null is not None:
+                first = null_output(self.target, noise, self.null, steps=self.config.steps)
+                self._first |= dict(zip(missing, first, strict=True))
+            self._noise |= dict(zip(missing, noise, strict=True))
+        first_null = torch.stack([self._first[s] for s in seeds]) if self.null is not None else None
+        return torch.stack([self._noise[s] for s in seeds]), first_null
+
+
+def own_base(base: int, prompt: str) -> int:
+    """The base seed of one prompt in per-prompt mode, 63 bits; never 0, which would mean plain seeds."""
+    return int.from_bytes(hashlib.sha256(f"{base}/{prompt}".encode()).digest()[:8], "big") >> 1 | 1
+
+
+_Value: TypeAlias = tuple[float, list[float]]
+"""Score and per-step values of one sample."""
+
+
+def _to_host(detectors: Mapping[str, Detector]) -> dict[str, list[_Value]]:
+    """Score and per-step values of each sample, by detector: the batch's one transfer."""
+    parts = [torch.cat([d.compute()[:, None], d.per_step()], dim=1) for d in detectors.values()]
+    widths = [part.shape[1] for part in parts]
+    lines = torch.cat(parts, dim=1).tolist()
+    values: dict[str, list[_Value]] = {}
+    start = 0
+    for name, width in zip(detectors, widths, strict=True):
+        values[name] = [(line[start], line[start + 1 : start + width]) for line in lines]
+        start += width
+    return values
+
+
+def _fault(values: Mapping[str, _Value], times: Sequence[float], pictures: Pictures | None, i: int) -> str | None:
+    """What is not finite in sample ``i``, in words."""
+    cure = "load the model in float32 or bfloat16, or check the checkpoint"
+    for name, (value, steps) in values.items():
+        bad = next((k for k, v in enumerate(steps) if not math.isfinite(v)), None)
+        if bad is not None:
+            return f"{name} is {steps[bad]:g} at step {bad} (t = {times[bad]:g}); {cure}."
+        if not math.isfinite(value):
+            return f"{name} is {value:g}; {cure}."
+    if pictures is not None and not bool(torch.isfinite(pictures[i]).all()):
+        return f"the picture is not finite after {len(times)} steps; {cure}."
+    return None
+
+
+def _score(space: str, value: _Value) -> Score:
+    return Score(value=value[0], space=space, per_step=value[1])
+
+
+def _bare(sample: Sample) -> Row:
+    p = sample.prompt
+    return Row(id=sample.id, prompt_id=p.id, prompt=p.text, seed=sample.seed, status="ok", group=p.group, label=p.label)
+
+
+def _webp(picture: Float[Tensor, "3 height width"]) -> bytes:
+    """A picture in [0, 1] as WebP. Small ones lossless: there, artefacts would be as large as details."""
+    pixels = (picture.permute(1, 2, 0) * 255).round().clamp(0, 255).to(torch.uint8).cpu().numpy()
+    out = io.BytesIO()
+    Image.fromarray(pixels).save(out, "WEBP", lossless=max(pixels.shape) <= 128, quality=90, method=4)
+    return out.getvalue()

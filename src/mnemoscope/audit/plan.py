@@ -1,0 +1,90 @@
+"""What an audit will cost, before it starts."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from ..detect.base import Detector
+from ..models.base import Target
+from .batch import needs_null, steps_run
+from .config import AuditConfig
+from .request import choose_detectors, read_prompts_for
+
+__all__ = ["Plan", "plan", "seconds_per_forward"]
+
+PICTURE_BYTES = 40_000
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The cost of an audit.
+
+    Attributes:
+        prompts: Different prompts.
+        seeds: Seeds of each.
+        samples: Rows that the run will have.
+        forwards: Denoiser forwards of one latent (F): exact, unless something fails or is known already.
+        pictures: Pictures that will be decoded.
+        bytes: Disk, roughly.
+        seconds: Time, from a measured time per forward; None: not measured.
+    """
+
+    prompts: int
+    seeds: int
+    samples: int
+    forwards: int
+    pictures: int
+    bytes: int
+    seconds: float | None
+
+
+def plan(
+    config: AuditConfig,
+    target: Target | None = None,
+    detectors: Sequence[Detector] | None = None,
+    *,
+    seconds_per_forward: float | None = None,
+) -> Plan:
+    """Count, without computing anything.
+
+    Args:
+        config: What is asked.
+        target: The model; without it, a text model with guidance is assumed.
+        detectors: As for :func:`~mnemoscope.audit.run.audit`.
+        seconds_per_forward: From :func:`seconds_per_forward`.
+    """
+    watching = choose_detectors(config, detectors)
+    prompts = read_prompts_for(config, target)
+    steps = steps_run(config, watching)
+    if steps is None:
+        steps = config.steps if target is None else len(target.schedule(config.steps).timesteps)
+    pairs = target is None or needs_null(config, target, watching)
+    # All prompts share the null prediction of the first step on the bank of n noises.
+    shared = pairs and config.seed_mode == "shared"
+    samples = len(prompts) * config.seeds
+    forwards = samples * ((2 if pairs else 1) * steps - shared) + config.seeds * shared
+    text = config.seeds * sum(len(p.text.encode()) for p in prompts)
+    rows = samples * (400 + 20 * sum(d.steps_needed for d in watching.values()))
+    pictures = samples if config.images else 0
+    seconds = None if seconds_per_forward is None else forwards * seconds_per_forward
+    return Plan(
+        len(prompts), config.seeds, samples, forwards, pictures, text + rows + pictures * PICTURE_BYTES, seconds
+    )
+
+
+def seconds_per_forward(target: Target, batch: int) -> float:
+    """Measured time of one denoiser forward of one latent, in a batch of that size. Costs 2·batch forwards."""
+    noise = target.noise(list(range(batch)))
+    cond = target.encode([""]).expand(batch) if target.has_text else None
+    schedule = target.schedule(1)
+    t = schedule.timesteps[0]
+    x = schedule.scale(schedule.start(noise), t)
+    with torch.no_grad():
+        target.output(x, t, cond).sum().item()  # once for warming up; the sum waits for the device
+        began = time.perf_counter()
+        target.output(x, t, cond).sum().item()
+    return (time.perf_counter() - began) / batch

@@ -1,0 +1,310 @@
+"""What an audit is asked for, resolved: model, detectors, prompts, settings, samples. Nothing has been computed yet."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+from collections.abc import Iterable, Mapping, Sequence, Sized
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..detect import calibrate
+from ..detect.base import Detector, build
+from ..errors import CannotAudit, RunError, UnknownName, UsageError
+from ..models.base import Target
+from ..records.schema import Manifest
+from ..records.store import Run, differences, digest, sample_id
+from .batch import Reference, Sample
+from .config import AuditConfig
+from .prompts import Prompt, PromptSet
+
+__all__ = ["Request", "choose_detectors", "open_target", "read_prompts_for"]
+
+PROVENANCE = frozenset({"name", "source", "revision"})
+"""Where a model came from: stored, but no score depends on it."""
+
+PACKAGES = ("mnemoscope", "torch", "diffusers", "transformers", "safetensors", "numpy", "pillow")
+
+
+@dataclass(frozen=True)
+class Request:
+    """An audit, resolved.
+
+    Attributes:
+        config: What was asked.
+        target: The model.
+        detectors: Fresh detectors by the name of their score.
+        prompts: The prompts.
+        setting: Everything that every score depends on, as plain values.
+        samples: Every prompt with every seed.
+        share: Those of them that are this process' to do.
+        shard: Number of this process' file; None: the whole run.
+        calibration: Threshold to judge by, if one was given.
+        reference: What pictures are compared with, in plain values.
+        notes: What a reader of the run must know.
+    """
+
+    config: AuditConfig
+    target: Target
+    detectors: dict[str, Detector]
+    prompts: PromptSet
+    setting: dict[str, Any]
+    samples: list[Sample]
+    share: list[Sample]
+    shard: int | None
+    calibration: calibrate.Calibration | None
+    reference: dict[str, Any] | None
+    notes: list[str]
+
+    @classmethod
+    def of(
+        cls,
+        config: AuditConfig,
+        target: Target | None = None,
+        detectors: Sequence[Detector] | None = None,
+        reference: Reference | None = None,
+    ) -> Request:
+        """Resolve a configuration; objects that are handed in stand for what it names.
+
+        Raises:
+            MnemoscopeError: it cannot be carried out; the sentence says why.
+        """
+        target = open_target(config) if target is None else target
+        watching = choose_detectors(config, detectors)
+        _require_possible(config, target, watching, reference)
+        prompts = read_prompts_for(config, target)
+        setting = setting_of(config, target, watching)
+        key = digest(setting)
+        samples = [Sample(sample_id(p.text, seed, key), p, seed) for p in prompts for seed in range(config.seeds)]
+        share, shard = _share(samples, config.shard)
+        calibration, accepted = _calibration(config, target, watching)
+        notes = [*config.notes, *prompts.notes, *accepted]
+        return cls(
+            config, target, watching, prompts, setting, samples, share, shard, calibration, _described(reference), notes
+        )
+
+    @property
+    def folder(self) -> Path:
+        """``config.out``, or a folder under ``runs/`` that the same request always gets."""
+        if self.config.out:
+            return Path(self.config.out)
+        asked = [self.setting, self.config.seeds, self._folder_keys(), [p.text for p in self.prompts]]
+        name = re.sub(r"[^A-Za-z0-9.]+", "-", self.target.name).strip("-.") or "model"
+        return Path("runs") / f"{name}-{digest(asked)[:8]}"
+
+    def open(self, kind: str, command: str) -> Run:
+        """The run folder: a new one, or the one that this request began.
+
+        Raises:
+            RunError: the folder belongs to another request; the message names the difference.
+        """
+        fresh = self._manifest(kind, command)
+        run = Run.open(self.folder, fresh)
+        was, now = (
+            {**m.setting, "kind": m.kind, **{k: m.config.get(k) for k in self._folder_keys()}}
+            for m in (run.manifest, fresh)
+        )
+        if found := differences(was, now):
+            raise RunError(
+                f"{run.folder} was made under other settings ({'; '.join(found[:3])}); ask for the same ones to continue it, or "
+                f"use a new folder (--fresh)."
+            )
+        strange = run.outcomes().keys() - {s.id for s in self.samples}
+        if strange:
+            raise RunError(
+                f"{run.folder} holds {len(strange)} samples that are not asked for now (it had more prompts or seeds); ask for at "
+                f"least the same ones to continue it, or use a new folder (--fresh)."
+            )
+        keep = {"config", "setting", "target", "versions", "machine", "asked", "command"}
+        run.update(status="running", ended=None, **fresh.model_dump(include=keep))
+        return run
+
+    def _folder_keys(self) -> dict[str, Any]:
+        """Settings on which no score depends, but which rows of one folder must share."""
+        return {"images": self.config.images, "reference": self.reference}
+
+    def _manifest(self, kind: str, command: str) -> Manifest:
+        return Manifest.model_validate(
+            {
+                "kind": kind,
+                "command": command,
+                "config": self.config.stored() | {"reference": self.reference},
+                "setting": self.setting,
+                "target": _plain(self.target.identity()),
+                "versions": versions(),
+                "machine": machine(self.target),
+                "started": now(),
+                "asked": len(self.samples),
+                "notes": self.notes,
+            }
+        )
+
+
+def open_target(config: AuditConfig) -> Target:
+    """The model that a configuration names."""
+    if config.model is None:
+        raise UsageError("no model was named; give a hub id, a folder or a checkpoint as model.")
+    from ..models.load import load  # here, because it brings diffusers, which a target in memory may not need
+
+    return load(config.model, dtype=config.dtype, device=config.device, **config.model_options)
+
+
+def choose_detectors(config: AuditConfig, detectors: Sequence[Detector] | None = None) -> dict[str, Detector]:
+    """Fresh detectors by the name of their score."""
+    if detectors is None:
+        found = [(spec.label, build(spec.name, spec.options)) for spec in config.detectors]
+    else:
+        found = [(d.name, d) for d in detectors]
+    if len(dict(found)) < len(found) or not found:
+        raise UsageError("detectors need different names, and at least one is needed; hand in one object per name.")
+    for name, detector in found:
+        if detector.steps_needed > config.steps:
+            raise UsageError(
+                f"{name} looks at {detector.steps_needed} steps and the schedule has {config.steps}; set steps to "
+                f"{detector.steps_needed} or shorten its window."
+            )
+    return dict(found)
+
+
+def read_prompts_for(config: AuditConfig, target: Target | None = None) -> PromptSet:
+    """The prompts; a model without text has one, which is empty."""
+    if target is not None and not target.has_text:
+        if config.prompts is not None:
+            raise CannotAudit(f"{target.name} takes no text, so there are no prompts to audit; leave prompts out.")
+        return PromptSet((Prompt("unconditional", ""),), "a model without text")
+    if config.prompts is None:
+        raise UsageError("no prompts were given; name a file or give a list as prompts.")
+    return config.prompts.read(config.limit)
+
+
+def setting_of(config: AuditConfig, target: Target, detectors: Mapping[str, Detector]) -> dict[str, Any]:
+    """Everything that every score depends on, as plain values. Not the device, the batch size, or where a model came from."""
+    return {
+        "target": identity_of(target),
+        "detectors": {name: {"name": d.name, "options": _options(d)} for name, d in detectors.items()},
+        "guidance": float(target.guidance if config.guidance is None else config.guidance),
+        "steps": config.steps,
+        "base_seed": config.base_seed,
+        "seed_mode": config.seed_mode,
+    }
+
+
+def identity_of(target: Target) -> dict[str, Any]:
+    """A target's identity without where it came from."""
+    return {k: v for k, v in _plain(target.identity()).items() if k not in PROVENANCE}
+
+
+def calibration_setting(config: AuditConfig, target: Target, detector: Detector) -> dict[str, Any]:
+    """What a calibrated score of this detector depends on."""
+    return calibrate.setting_of(
+        identity_of(target),
+        guidance=float(target.guidance if config.guidance is None else config.guidance),
+        steps=config.steps,
+        window=getattr(detector, "window", (0, detector.steps_needed)),
+        seeds=config.seeds,
+        seed_mode=config.seed_mode,
+    )
+
+
+def _require_possible(
+    config: AuditConfig, target: Target, detectors: Mapping[str, Detector], reference: Reference | None
+) -> None:
+    guidance = target.guidance if config.guidance is None else config.guidance
+    for name, detector in detectors.items():
+        if unmet := detector.needs - {"uncond"}:
+            raise CannotAudit(
+                f"{name} needs {', '.join(sorted(unmet))}, which an audit does not offer; run it by itself."
+            )
+        if "uncond" in detector.needs and not target.has_text:
+            raise CannotAudit(
+                f"{name} compares predictions with and without a prompt, and {target.name} takes no text; use a detector that "
+                f"needs none (mnemoscope ls detectors)."
+            )
+        if "uncond" in detector.needs and not guidance > 1:
+            raise CannotAudit(
+                f"Guidance is off ({guidance:g}), so there is nothing to compare; set guidance above 1, for instance 7.5."
+            )
+    if reference is None and config.reference is not None:
+        raise UsageError(f"reference {config.reference!r} was named but not opened; hand in the opened reference set.")
+    if reference is not None and not config.images:
+        raise UsageError("a reference set is compared with pictures, and none are made; set images to true.")
+
+
+def _calibration(
+    config: AuditConfig, target: Target, detectors: Mapping[str, Detector]
+) -> tuple[calibrate.Calibration | None, list[str]]:
+    if config.calibration is None:
+        return None, []
+    found = calibrate.Calibration.load(config.calibration)
+    name = found.record.detector
+    if name not in detectors:
+        raise UnknownName(f"score in this audit, as {config.calibration} was made for,", name, detectors)
+    accepted = found.check(calibration_setting(config, target, detectors[name]), accept=config.accept_threshold)
+    return found, [f"the threshold was accepted although it was made under another setting: {d}" for d in accepted]
+
+
+def _share(samples: list[Sample], shard: str | None) -> tuple[list[Sample], int | None]:
+    """Share k of m by the samples' ids, which are hashes: even, and the same whatever the order."""
+    if shard == "env":
+        rank, size = os.environ.get("RANK"), os.environ.get("WORLD_SIZE")
+        shard = f"{rank}/{size}" if rank is not None and size not in (None, "1") else None
+    if shard is None:
+        return samples, None
+    found = re.fullmatch(r"(\d+)/(\d+)", shard)
+    if found is None or not int(found[1]) < int(found[2]):
+        raise UsageError(f"shard is {shard!r}, and must be k/m with 0 ≤ k < m, such as 0/4.")
+    k, m = int(found[1]), int(found[2])
+    return [s for s in samples if int(s.id, 16) % m == k], k
+
+
+def _described(reference: Reference | None) -> dict[str, Any] | None:
+    if reference is None:
+        return None
+    size = len(reference) if isinstance(reference, Sized) else None
+    return {"name": reference.name, "pictures": size, "threshold": getattr(reference, "threshold", None)}
+
+
+def _options(detector: Detector) -> dict[str, Any]:
+    """A detector's public plain attributes: what it was built from, without what it will remember."""
+    plain = (bool, int, float, str, tuple, list)
+    return _plain({k: v for k, v in vars(detector).items() if not k.startswith("_") and isinstance(v, plain)})
+
+
+def _plain(value: Any) -> Any:
+    return json.loads(json.dumps(value, default=str))
+
+
+def versions(packages: Iterable[str] = PACKAGES) -> dict[str, str]:
+    """Installed versions of what a score may depend on."""
+    found = {"python": platform.python_version()}
+    for package in packages:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def machine(target: Target) -> dict[str, Any]:
+    """Where a model runs, and in what precision."""
+    dtype = str(target.dtype).removeprefix("torch.")
+    reason = getattr(target, "dtype_reason", "")
+    facts = {
+        "device": str(target.device),
+        "dtype": dtype,
+        "threads": torch.get_num_threads(),
+        "platform": platform.platform(),
+    }
+    return facts | ({"dtype_reason": reason} if reason else {})
+
+
+def now() -> str:
+    """This second, in UTC."""
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")

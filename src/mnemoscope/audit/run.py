@@ -1,0 +1,294 @@
+"""The loop over samples: what is asked, minus what is known, batch by batch into the run folder.
+
+The same command continues a run that was stopped, at whatever instant. A prompt that fails becomes a row and the others go on.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from ..detect.base import Detector
+from ..detect.calibrate import Calibration
+from ..errors import RunError
+from ..models.base import Target
+from ..records.schema import Row
+from ..records.store import Run, Writer
+from ..records.table import prompt_scores
+from .batch import Examiner, Reference, Sample
+from .config import AuditConfig
+from .request import Request, calibration_setting, now
+
+__all__ = ["Progress", "audit", "calibrate"]
+
+AUTO_BATCH, AUTO_BATCH_CPU = 64, 16
+"""Where ``batch_size: auto`` starts; it halves when memory runs out. A CPU gains nothing beyond a few samples."""
+
+SAVE_EVERY = 10.0
+"""Seconds between updates of the manifest while a run goes on, so that a kill loses little of its counts."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far an audit is; handed to ``progress`` after every batch.
+
+    Attributes:
+        done: Samples of this process that have a row, with those of earlier sessions.
+        asked: Samples that are this process' to do.
+        errors: Samples that failed in this session.
+        hits: Prompts of this session with a copy found or, once all their seeds are in, a score above the threshold.
+        seconds: Time of this session.
+        eta: Seconds that remain, at the speed so far.
+        note: What just happened and is worth a line, for instance that memory ran out.
+    """
+
+    done: int
+    asked: int
+    errors: int
+    hits: int
+    seconds: float
+    eta: float
+    note: str | None = None
+
+
+def audit(
+    config: AuditConfig,
+    *,
+    target: Target | None = None,
+    detectors: Sequence[Detector] | None = None,
+    reference: Reference | None = None,
+    progress: Callable[[Progress], None] | None = None,
+    kind: Literal["audit", "check", "demo", "calibrate"] = "audit",
+    command: str = "",
+) -> Run:
+    """Score every prompt with every seed, and leave a run folder.
+
+    P prompts with n seeds over K steps cost P·n·(2K − 1) + n denoiser forwards: all prompts start from the same n noises and
+    share the null prediction on them. Detection at the first step costs P·n + n.
+
+    Args:
+        config: What is asked.
+        target: The model, already loaded; default: the one that ``config.model`` names.
+        detectors: Fresh detectors to use instead of ``config.detectors``.
+        reference: Pictures in which the nearest to each generated one is looked up; needs ``config.images``.
+        progress: Called after every batch.
+        kind: What the manifest calls this run.
+        command: The command line that repeats it.
+
+    Returns:
+        The run. Its status is ``done`` if every sample has a score, else ``incomplete``: samples failed, too many of them
+        failed, or other shards are still to come. The same call continues it and tries failed samples again.
+
+    Raises:
+        UsageError: the request cannot be carried out as it stands; nothing has been computed.
+        CannotAudit: this model cannot be audited in this way; nothing has been computed.
+        RunError: the folder belongs to other settings, is in use or damaged, or its disk is full.
+        KeyboardInterrupt: stopped by the user; its text says how much is saved.
+    """
+    request = Request.of(config, target, detectors, reference)
+    run = request.open(kind, command)
+    with Writer(run, request.shard) as writer:
+        if request.calibration is not None:
+            request.calibration.save(run.folder / "thresholds.json")
+        session = _Session(request, writer, reference, progress)
+        try:
+            session.work()
+        except KeyboardInterrupt:
+            ok = session.close(interrupted=True)
+            raise KeyboardInterrupt(
+                f"stopped; {ok} of {len(request.samples)} samples are saved; the same command continues"
+            ) from None
+        except BaseException as error:
+            session.notes.append(f"stopped by an error ({type(error).__name__}: {error})")
+            with suppress(RunError):  # the disk may be full: the first sentence is the one to read
+                session.close()
+            raise
+        session.close()
+    return run
+
+
+def calibrate(
+    config: AuditConfig,
+    *,
+    fpr: float = 0.01,
+    confidence: float = 0.95,
+    target: Target | None = None,
+    detectors: Sequence[Detector] | None = None,
+    progress: Callable[[Progress], None] | None = None,
+    command: str = "",
+) -> tuple[Run, dict[str, Calibration]]:
+    """Audit ordinary prompts and turn their scores into thresholds.
+
+    Args:
+        config: An audit of ordinary prompts: of the kind that will be audited, and known not to be memorized.
+        fpr: Stated false-positive rate of the threshold.
+        confidence: Of the threshold's interval.
+        target: As for :func:`audit`.
+        detectors: As for :func:`audit`.
+        progress: As for :func:`audit`.
+        command: As for :func:`audit`.
+
+    Returns:
+        The run, and a calibration for each detector by the name of its score. The first is written to ``thresholds.json`` in the
+        run folder, others to ``thresholds-<name>.json``.
+
+    Raises:
+        RunError: the run did not get a score for every sample, so nothing should be concluded from it.
+        UsageError: too few prompts for the rate.
+    """
+    request = Request.of(config, target, detectors)
+    run = audit(
+        config, target=request.target, detectors=detectors, progress=progress, kind="calibrate", command=command
+    )
+    if run.manifest.status != "done":
+        raise RunError(
+            f"{run.folder} is {run.manifest.status}, and a threshold needs every score; repeat the command to complete it."
+        )
+    found: dict[str, Calibration] = {}
+    for name, detector in request.detectors.items():
+        scores = [p.score for p in prompt_scores(run.rows(), name)]
+        source = f"{len(scores)} prompts from {request.prompts.source}"
+        setting = calibration_setting(config, request.target, detector)
+        found[name] = Calibration.fit(scores, setting, detector=name, fpr=fpr, confidence=confidence, source=source)
+        found[name].save(run.folder / ("thresholds.json" if len(found) == 1 else f"thresholds-{name}.json"))
+    return run, found
+
+
+class _Session:
+    """One process working on one run."""
+
+    def __init__(
+        self,
+        request: Request,
+        writer: Writer,
+        reference: Reference | None,
+        progress: Callable[[Progress], None] | None,
+    ):
+        finished = writer.run.finished()
+        self.request, self.writer, self.run, self.progress = request, writer, writer.run, progress
+        self.todo = [s for s in request.share if s.id not in finished]
+        self.size = _batch_size(request.config, request.target)
+        self.notes = list(request.notes)
+        self.began = time.perf_counter()
+        self.errors = self.worked = 0
+        self._hits: set[str] = set()
+        self._scores: dict[str, list[float]] = {}
+        self._note: str | None = None
+        self._saved, self._counted = self.began, request.target.forwards
+        self.examiner = Examiner(
+            request.target,
+            request.detectors,
+            request.config,
+            [s.prompt.text for s in self.todo],
+            writer.save,
+            reference,
+        )
+
+    def work(self) -> None:
+        """Everything that is to do, until it is done or too much has failed."""
+        budget = self.request.config.error_budget(len(self.request.samples))
+        while self.worked < len(self.todo):
+            rows = self.attempt(self.todo[self.worked : self.worked + self.size])
+            self.writer.append(rows)
+            self.worked += len(rows)
+            self.count(rows)
+            if self.errors > budget:
+                self.notes.append(f"stopped after {self.errors} failed samples (max_errors allows {budget})")
+                return
+
+    def attempt(self, batch: Sequence[Sample]) -> list[Row]:
+        """Rows of a batch. If it fails, each of its samples is tried alone, so that only those at fault fail."""
+        try:
+            return self.examiner.rows(batch)
+        except RunError:
+            raise
+        except torch.OutOfMemoryError as e:
+            error: Exception = e.with_traceback(None)  # its frames hold the tensors that did not fit
+            parts = self.halve(batch)
+        except Exception as e:
+            error = e
+            parts = [[sample] for sample in batch]
+        if len(batch) == 1:
+            return [self.examiner.failed(batch[0], error)]
+        return [row for part in parts for row in self.attempt(part)]
+
+    def halve(self, batch: Sequence[Sample]) -> list[Sequence[Sample]]:
+        """Smaller batches from now on."""
+        half = max(1, len(batch) // 2)
+        if len(batch) > 1:
+            self.size = half
+            self._note = f"out of memory at batch {len(batch)}; continuing with {half}"
+            self.notes.append(self._note)
+        if self.request.target.device.type == "cuda":
+            torch.cuda.empty_cache()
+        return [batch[:half], batch[half:]]
+
+    def count(self, rows: Sequence[Row]) -> None:
+        """Tell the caller, and now and then the manifest."""
+        self.errors += sum(row.status == "error" for row in rows)
+        for row in rows:
+            self._judge(row)
+        spent = time.perf_counter() - self.began
+        if time.perf_counter() - self._saved > SAVE_EVERY:
+            self.run.update(forwards=self._uncounted())
+            self._saved = time.perf_counter()
+        if self.progress is not None:
+            left = len(self.todo) - self.worked
+            asked = len(self.request.share)
+            eta = spent / self.worked * left
+            self.progress(Progress(asked - left, asked, self.errors, len(self._hits), spent, eta, self._note))
+        self._note = None
+
+    def close(self, *, interrupted: bool = False) -> int:
+        """Write down how it went; returns the number of samples with a score, of all shards."""
+        ok = failed = 0
+        truncated: set[str] = set()
+        for row in self.run.rows():
+            ok += row.status == "ok"
+            failed += row.status == "error"
+            truncated |= {row.prompt_id} if row.tokens_dropped else set()
+        asked = len(self.request.samples)
+        notes = list(self.notes)
+        if truncated:
+            notes.append(f"{len(truncated)} of {len(self.request.prompts)} prompts were truncated by the text encoder")
+        if failed:
+            notes.append(f"{failed} of {asked} samples failed; the same command tries them again")
+        if missing := asked - ok - failed:
+            notes.append(f"{missing} of {asked} samples have not been run yet; the same command continues")
+        self.run.update(
+            status="interrupted" if interrupted else "done" if ok == asked else "incomplete",
+            ended=now(),
+            forwards=self._uncounted(),
+            machine=self.run.manifest.machine | {"batch_size": self.size},
+            notes=notes,
+        )
+        return ok
+
+    def _uncounted(self) -> int:
+        """Forwards since the last time somebody asked."""
+        before, self._counted = self._counted, self.request.target.forwards
+        return self._counted - before
+
+    def _judge(self, row: Row) -> None:
+        if row.nearest is not None and row.nearest.copy_found:
+            self._hits.add(row.prompt_id)
+        calibration = self.request.calibration
+        if calibration is None or row.status == "error":
+            return
+        scores = self._scores.setdefault(row.prompt_id, [])
+        scores.append(row.scores[calibration.record.detector].value)
+        if len(scores) == self.request.config.seeds:
+            if calibration.above(sum(scores) / len(scores)):
+                self._hits.add(row.prompt_id)
+            del self._scores[row.prompt_id]
+
+
+def _batch_size(config: AuditConfig, target: Target) -> int:
+    if config.batch_size != "auto":
+        return config.batch_size
+    return AUTO_BATCH_CPU if target.device.type == "cpu" else AUTO_BATCH

@@ -1,0 +1,473 @@
+"""The commands: parse, call a room, print. Heavy rooms are imported inside commands, so that --help needs no torch."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ..errors import MnemoscopeError, UsageError
+from . import screen
+
+if TYPE_CHECKING:
+    from ..audit.config import AuditConfig
+    from ..models.base import Target
+
+app = typer.Typer(
+    name="mnemoscope",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,  # plain help: rich would cost as much as everything else here
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="Quick start: mnemoscope demo  ·  mnemoscope check demo 'a red apple'  ·  mnemoscope audit MODEL --prompts prompts.txt",
+)
+
+Model = Annotated[str, typer.Argument(help="Hub id, folder or .safetensors file of the model; 'demo' is the bundled one.")]
+Prompts = Annotated[Path | None, typer.Option(help="TXT, JSONL, JSON, CSV, TSV or Parquet file.", show_default=False)]
+Column = Annotated[str | None, typer.Option(help="Column of the prompt; default: prompt, caption or text.", show_default=False)]
+IdColumn = Annotated[str | None, typer.Option(help="Column of the prompt's id.", show_default=False)]
+GroupColumn = Annotated[str | None, typer.Option(help="Column of the prompt's group.", show_default=False)]
+LabelColumn = Annotated[str | None, typer.Option(help="Column that says which prompts are known to be memorized.", show_default=False)]
+Seeds = Annotated[int | None, typer.Option(help="Generations per prompt; default 4.", show_default=False)]
+BaseSeed = Annotated[int | None, typer.Option(help="Another base gives other starting noises; default 0.", show_default=False)]
+SeedMode = Annotated[str | None, typer.Option(help="shared (one bank of noises for all prompts) or per-prompt.", show_default=False)]
+Detectors = Annotated[
+    list[str] | None, typer.Option("--detectors", help="Detector; repeat for several; default magnitude.", show_default=False)
+]
+Window = Annotated[int | None, typer.Option(help="Leading steps that the magnitude averages over; default 1.", show_default=False)]
+Guidance = Annotated[float | None, typer.Option(help="Guidance scale; default: the model's own.", show_default=False)]
+Steps = Annotated[int | None, typer.Option(help="Length of the sampler's schedule; default 50.", show_default=False)]
+BatchSize = Annotated[str | None, typer.Option(help="Samples per batch, or auto.", show_default=False)]
+Images = Annotated[bool | None, typer.Option("--images/--no-images", help="Keep the pictures.", show_default=False)]
+Dtype = Annotated[str | None, typer.Option(help="float32, float16 or bfloat16; default: by the device.", show_default=False)]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, …", show_default=False)]
+Out = Annotated[Path | None, typer.Option(help="Where to write.", show_default=False)]
+Limit = Annotated[int | None, typer.Option(help="Only the first so many prompts.", show_default=False)]
+Shard = Annotated[str | None, typer.Option(help="k/m: do share k of m, or env.", show_default=False)]
+MaxErrors = Annotated[str | None, typer.Option(help="Stop after more failures than this (a count, or a share below 1).", show_default=False)]
+Notes = Annotated[list[str] | None, typer.Option("--notes", help="Something a reader of the run should know; repeatable.", show_default=False)]
+Config = Annotated[Path | None, typer.Option(help="YAML file with the same names as the options; options win.", show_default=False)]
+ThresholdsFile = Annotated[Path | None, typer.Option("--calibration", help="thresholds.json of `mnemoscope calibrate`.", show_default=False)]
+ModelOption = Annotated[
+    list[str] | None,
+    typer.Option("--model-option", help="name=value handed to the loader: revision, variant, unet, lora; repeatable.", show_default=False),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
+Fresh = Annotated[bool, typer.Option("--fresh", help="Start over in a new folder instead of continuing.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the resolved settings, forwards, time and disk; compute nothing.")]
+
+
+@app.callback()
+def _common(
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Nothing but results and errors.")] = False,
+    offline: Annotated[bool, typer.Option("--offline", help="Never ask the hub.")] = False,
+    traceback: Annotated[bool, typer.Option("--traceback", help="Show where an error came from.")] = False,
+) -> None:
+    """See what an image diffusion model has memorized: detect, explain, measure, mitigate."""
+    screen.QUIET = quiet
+    if offline:
+        # huggingface_hub reads this when it is imported; nothing has imported it yet.
+        os.environ["HF_HUB_OFFLINE"] = "1"
+    if traceback:
+        os.environ["MNEMOSCOPE_DEBUG"] = "1"
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Run folder.")] = Path("runs/demo"),
+    fresh: Fresh = False,
+    as_json: AsJson = False,
+) -> None:
+    """Audit the bundled model and write a report: offline, on a CPU, in a minute or two.
+
+    Example: mnemoscope demo
+    """
+    from ..demo.run import demo as run_demo
+    from ..records.store import free_folder
+    from ..report.html import write_report
+    from ..report.summary import read_summary
+
+    folder = free_folder(out) if fresh else out
+    with screen.progress("demo") as progress:
+        run = run_demo(folder, progress=progress, say=screen.say, command=_command())
+    summary = read_summary(run.folder)
+    report = write_report(run.folder)
+    if as_json:
+        screen.show_json(summary.to_dict())
+        return
+    screen.show_summary(summary)
+    print(f"\nReport: {report}")
+
+
+@app.command()
+def check(
+    model: Model,
+    prompt: Annotated[str, typer.Argument(help="The prompt.")],
+    seeds: Annotated[int, typer.Option(help="Generations.")] = 4,
+    window: Annotated[int, typer.Option(help="Leading steps that the score averages over.")] = 1,
+    steps: Annotated[int, typer.Option(help="Length of the sampler's schedule.")] = 50,
+    guidance: Guidance = None,
+    images: Annotated[bool, typer.Option("--images", help="Finish the trajectories and write pictures to --out.")] = False,
+    out: Annotated[Path, typer.Option(help="Folder for pictures.")] = Path("runs/check"),
+    calibration: ThresholdsFile = None,
+    dtype: Dtype = None,
+    device: Device = None,
+    model_option: ModelOption = None,
+    as_json: AsJson = False,
+) -> None:
+    """Score one prompt.
+
+    Example: mnemoscope check demo "a red apple" --images
+    """
+    from ..audit.check import check as check_prompt
+    from ..detect.calibrate import Calibration
+    from ..models.load import load
+
+    target = load(model, dtype=dtype, device=device, **_options(model_option))
+    _say_target(target)
+    found = Calibration.load(calibration) if calibration else _bundled_calibration(model, guidance, steps, seeds, window)
+    reference = _bundled_reference(model) if images else None
+    result = check_prompt(
+        target, prompt, seeds=seeds, window=window, steps=steps, guidance=guidance, images=images, calibration=found, reference=reference
+    )
+    files = _write_pictures(result.images, out) if result.images is not None else []
+    if as_json:
+        screen.show_json({**result.to_dict(), "images": files})
+        return
+    print(result.words)
+    screen.table(["seed", "score"], [[str(j), f"{s:.4f}"] for j, s in enumerate(result.scores)], right=(0, 1))
+    print("tokens: " + " | ".join(result.tokens))
+    for file in files:
+        print(file)
+
+
+@app.command()
+def audit(
+    model: Annotated[str | None, typer.Argument(help="The model; may stand in --config instead.", show_default=False)] = None,
+    prompts: Prompts = None,
+    column: Column = None,
+    id_column: IdColumn = None,
+    group_column: GroupColumn = None,
+    label_column: LabelColumn = None,
+    detectors: Detectors = None,
+    window: Window = None,
+    seeds: Seeds = None,
+    base_seed: BaseSeed = None,
+    seed_mode: SeedMode = None,
+    guidance: Guidance = None,
+    steps: Steps = None,
+    batch_size: BatchSize = None,
+    images: Images = None,
+    calibration: ThresholdsFile = None,
+    out: Out = None,
+    dtype: Dtype = None,
+    device: Device = None,
+    max_errors: MaxErrors = None,
+    limit: Limit = None,
+    shard: Shard = None,
+    notes: Notes = None,
+    model_option: ModelOption = None,
+    config: Config = None,
+    fresh: Fresh = False,
+    dry_run: DryRun = False,
+    as_json: AsJson = False,
+) -> None:
+    """Score many prompts into a run folder; the same command continues an interrupted run.
+
+    Example: mnemoscope audit demo --prompts prompts.txt --out runs/mine
+    """
+    settings = _settings(config, {k: v for k, v in locals().items() if k in AUDIT_OPTIONS})
+    from ..audit.run import audit as run_audit
+    from ..report.html import write_report
+    from ..report.summary import read_summary
+
+    if dry_run:
+        _show_plan(settings)
+        return
+    if fresh:
+        settings = _fresh(settings)
+    target = _load(settings)
+    with screen.progress("audit") as progress:
+        run = run_audit(settings, target=target, progress=progress, command=_command())
+    summary = read_summary(run.folder)
+    if as_json:
+        screen.show_json(summary.to_dict())
+    else:
+        screen.show_summary(summary)
+        print(f"\nRun: {run.folder}   Report: {write_report(run.folder)}")
+    if run.manifest.status != "done":
+        screen.fail(f"{run.folder} is {run.manifest.status}: not every sample has a score; repeat the command, or read the rows.")
+        raise typer.Exit(3)
+
+
+@app.command()
+def calibrate(
+    model: Annotated[str | None, typer.Argument(help="The model; may stand in --config instead.", show_default=False)] = None,
+    prompts: Prompts = None,
+    column: Column = None,
+    fpr: Annotated[float, typer.Option(help="Stated false-positive rate of the threshold.")] = 0.01,
+    window: Window = None,
+    seeds: Seeds = None,
+    base_seed: BaseSeed = None,
+    seed_mode: SeedMode = None,
+    guidance: Guidance = None,
+    steps: Steps = None,
+    batch_size: BatchSize = None,
+    out: Out = None,
+    dtype: Dtype = None,
+    device: Device = None,
+    limit: Limit = None,
+    model_option: ModelOption = None,
+    config: Config = None,
+    dry_run: DryRun = False,
+    as_json: AsJson = False,
+) -> None:
+    """Turn scores of ordinary prompts into a threshold with a stated false-positive rate.
+
+    Example: mnemoscope calibrate MODEL --prompts ordinary.txt --out runs/ordinary
+    """
+    settings = _settings(config, {k: v for k, v in locals().items() if k in AUDIT_OPTIONS})
+    from ..audit.run import calibrate as run_calibration
+
+    if dry_run:
+        _show_plan(settings)
+        return
+    target = _load(settings)
+    with screen.progress("calibrate") as progress:
+        run, found = run_calibration(settings, fpr=fpr, target=target, progress=progress, command=_command())
+    if as_json:
+        screen.show_json({name: c.record.model_dump(mode="json") for name, c in found.items()})
+        return
+    for name, c in found.items():
+        low, high = c.record.interval
+        print(
+            f"{name}: threshold {c.threshold:.4f} at {c.record.fpr:.2%} false positives "
+            f"({c.record.confidence:.0%} interval {low:.4f} to {high:.4f}), from {len(c.record.scores)} ordinary prompts"
+        )
+    print(f"Written to {run.folder}; use it with: mnemoscope audit … --calibration {run.folder / 'thresholds.json'}")
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="One run folder, or several to compare.")],
+    out: Annotated[Path | None, typer.Option(help="File to write.", show_default=False)] = None,
+    kind: Annotated[str, typer.Option("--format", help="html, markdown or json.")] = "html",
+    reference: Annotated[Path | None, typer.Option(help="Folder of reference pictures named by id.", show_default=False)] = None,
+    blur: Annotated[bool, typer.Option("--blur/--no-blur", help="Blur found copies until clicked.")] = True,
+) -> None:
+    """Write the report of a run as one self-contained file; needs no model and no torch.
+
+    Example: mnemoscope report runs/demo
+    """
+    from ..errors import UnknownName
+    from ..report import html
+
+    writers = {"html": html.write_report, "markdown": html.write_markdown, "json": html.write_json}
+    if kind not in writers:
+        raise UnknownName("report format", kind, writers)
+    more: dict[str, Any] = {"reference_pictures": reference, "blur": blur} if kind == "html" else {}
+    print(writers[kind](list(runs) if len(runs) > 1 else runs[0], out, **more))
+
+
+@app.command(name="ls")
+def list_installed(
+    what: Annotated[str, typer.Argument(help="detectors, targets, descriptors or prompts (the bundled ones).")] = "detectors",
+    group: Annotated[str | None, typer.Option(help="With prompts: only this group.", show_default=False)] = None,
+    as_json: AsJson = False,
+) -> None:
+    """List what is installed, or the bundled world's prompts.
+
+    Example: mnemoscope ls detectors
+    """
+    from importlib.metadata import entry_points
+
+    from ..errors import UnknownName
+
+    if what == "prompts":
+        from ..demo.world import World
+
+        world = World()
+        columns = ["id", "caption", "group", "copies"]
+        rows = [[r.id, r.caption, r.group, str(r.copies)] for r in (world.captions(group) if group else world.captions(*_GROUPS))]
+    else:
+        known = ("detectors", "targets", "descriptors")
+        if what not in known:
+            raise UnknownName("list", what, [*known, "prompts"])
+        columns = ["name", "package", "from"]
+        found = sorted(entry_points(group=f"mnemoscope.{what}"), key=lambda e: e.name)
+        rows = [[e.name, e.dist.name if e.dist else "?", e.value] for e in found]
+    if as_json:
+        screen.show_json([dict(zip(columns, r, strict=True)) for r in rows])
+    else:
+        screen.table(columns, rows)
+
+
+@app.command()
+def doctor(as_json: AsJson = False) -> None:
+    """Versions, devices, caches and disk: what to paste into an issue.
+
+    Example: mnemoscope doctor
+    """
+    from .doctor import examine
+
+    facts = examine()
+    if as_json:
+        screen.show_json(facts)
+    else:
+        screen.table(["what", "found"], [[k, str(v)] for k, v in facts.items()])
+
+
+# What commands share ------------------------------------------------------------------------------------------------------
+
+_GROUPS = ("planted", "recaptioned", "template", "ordinary", "heldout")
+AUDIT_OPTIONS = frozenset({
+    "model", "prompts", "column", "id_column", "group_column", "label_column", "detectors", "window", "seeds", "base_seed", "seed_mode",
+    "guidance", "steps", "batch_size", "images", "calibration", "out", "dtype", "device", "max_errors", "limit", "shard", "notes",
+    "model_option",
+})  # fmt: skip
+"""Options that fill :class:`~mnemoscope.audit.config.AuditConfig`; a test keeps the two in step."""
+
+
+def _settings(config: Path | None, options: dict[str, Any]) -> AuditConfig:
+    """One frozen configuration from the YAML file and the options; options win."""
+    from ..audit.config import AuditConfig
+
+    given = {k: v for k, v in options.items() if v is not None and v != []}
+    columns = {k: given.pop(k) for k in ("column", "id_column", "group_column", "label_column") if k in given}
+    if "prompts" in given or columns:
+        given["prompts"] = {**({"path": str(given["prompts"])} if "prompts" in given else {}), **columns}
+    window = given.pop("window", None)
+    if window is not None:
+        given["detectors"] = [{"name": name, "steps": window} for name in given.get("detectors", ["magnitude"])]
+    if "model_option" in given:
+        given["model_options"] = _options(given.pop("model_option"))
+    for name in ("calibration", "out"):
+        if name in given:
+            given[name] = str(given[name])
+    for name in ("batch_size", "max_errors"):
+        if name in given:
+            given[name] = _number(given[name])
+    return AuditConfig.from_yaml(config, **given) if config else AuditConfig(**given)
+
+
+def _number(text: str) -> int | float | str:
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            pass
+    return text
+
+
+def _options(pairs: list[str] | None) -> dict[str, str]:
+    """``name=value`` pairs for the loader."""
+    for pair in pairs or []:
+        if "=" not in pair:
+            raise UsageError(f"--model-option {pair!r} has no value; write name=value, for instance revision=main.")
+    return dict(pair.split("=", 1) for pair in pairs or [])
+
+
+def _load(settings: AuditConfig) -> Target:
+    from ..audit.run import load
+
+    screen.say(f"Loading {settings.model} …")
+    target = load(settings)
+    _say_target(target)
+    return target
+
+
+def _say_target(target: Target) -> None:
+    reason = getattr(target, "dtype_reason", "")
+    screen.say(f"{target.name} on {target.device}, {reason or str(target.dtype).removeprefix('torch.')}")
+
+
+def _fresh(settings: AuditConfig) -> AuditConfig:
+    from ..records.store import free_folder
+
+    if settings.out is None:
+        raise UsageError("--fresh needs --out: name the folder that the new one should be a sibling of.")
+    return settings.model_copy(update={"out": str(free_folder(settings.out))})
+
+
+def _show_plan(settings: AuditConfig) -> None:
+    """What it would cost; time is measured on the model if it can be loaded."""
+    import yaml
+
+    from ..audit.run import measure_speed, plan
+
+    target = _load(settings)
+    cost = plan(settings, target=target, seconds_per_forward=measure_speed(settings, target))
+    print(yaml.safe_dump(settings.stored(), sort_keys=False, allow_unicode=True).rstrip())
+    print(
+        f"# {cost.prompts} prompts × {cost.seeds} seeds = {cost.samples} samples, {cost.forwards} denoiser forwards, "
+        f"{cost.pictures} pictures, about {screen.duration(cost.seconds or 0)} and {screen.size(cost.bytes)} of disk"
+    )
+
+
+def _bundled_calibration(model: str, guidance: float | None, steps: int, seeds: int, window: int) -> Any:
+    """The bundled model comes with thresholds for its usual setting."""
+    from ..demo.world import bundled_thresholds
+
+    usual = guidance is None and (steps, seeds, window) == (50, 4, 1)
+    return bundled_thresholds() if model == "demo" and usual else None
+
+
+def _bundled_reference(model: str) -> Any:
+    """For the bundled model copies can be looked for in what it was trained on."""
+    from ..demo.world import World
+
+    return World().reference if model == "demo" else None
+
+
+def _write_pictures(images: Any, folder: Path) -> list[str]:
+    from ..audit.batch import webp
+
+    folder.mkdir(parents=True, exist_ok=True)
+    files = [folder / f"seed-{j}.webp" for j in range(len(images))]
+    for file, image in zip(files, images, strict=True):
+        file.write_bytes(webp(image))
+    return [str(f) for f in files]
+
+
+def _command() -> str:
+    """The command line that repeats this run."""
+    return shlex.join(["mnemoscope", *sys.argv[1:]])
+
+
+def main() -> None:
+    """Entry point: one sentence and an exit code for everything a user can cause."""
+    try:
+        code = app(standalone_mode=False)
+    except typer.Exit as e:
+        code = e.exit_code
+    except typer.Abort:
+        code = 130
+    except KeyboardInterrupt as e:
+        screen.fail(str(e) or "stopped; the same command continues")
+        code = 130
+    except MnemoscopeError as e:
+        if os.environ.get("MNEMOSCOPE_DEBUG"):
+            raise
+        screen.fail(str(e))
+        code = e.exit_code
+    except BrokenPipeError:
+        # Whoever read our output has seen enough; Python would complain again while flushing at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
+    except Exception as e:
+        code = _usage(e)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _usage(error: Exception) -> int:
+    """Click's own complaints (an unknown option, a missing argument) in our form; anything else is a bug and is shown whole."""
+    describe = getattr(error, "format_message", None)
+    if describe is None:
+        raise error
+    screen.fail(f"{describe()} See: mnemoscope --help")
+    return 2

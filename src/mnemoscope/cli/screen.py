@@ -1,0 +1,157 @@
+"""What a terminal shows: talk on stderr, data on stdout, plain when piped."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from ..report.summary import Summary
+
+QUIET = False
+"""Set by ``--quiet``: nothing but results and errors."""
+
+
+def say(text: str) -> None:
+    """A line of talk on stderr."""
+    if not QUIET:
+        print(text, file=sys.stderr, flush=True)
+
+
+def fail(text: str) -> None:
+    """An error sentence on stderr, quiet or not."""
+    print(f"mnemoscope: {text}", file=sys.stderr, flush=True)
+
+
+def show_json(value: Any) -> None:
+    """One JSON document on stdout."""
+    print(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False))
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, right: Sequence[int] = ()) -> None:
+    """A table on a terminal, tab-separated values when piped."""
+    if not sys.stdout.isatty():
+        for row in [columns, *rows]:
+            print("\t".join(_one_line(c) for c in row))
+        return
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    drawn = Table(box=None, pad_edge=False, header_style="bold")
+    for i, name in enumerate(columns):
+        drawn.add_column(name, justify="right" if i in right else "left", overflow="ellipsis", no_wrap=True)
+    for row in rows:
+        drawn.add_row(*(Text(_one_line(c)) for c in row))
+    Console().print(drawn)
+
+
+def _one_line(text: str) -> str:
+    """Prompts are hostile: no control characters reach the terminal."""
+    return "".join(c if c.isprintable() else " " for c in text)
+
+
+def show_summary(summary: Summary, *, most: int = 12) -> None:
+    """The headline, the worst prompts, and what was not tested."""
+    print(summary.headline)
+    if summary.subline:
+        print(summary.subline)
+    print()
+    rows = [
+        [
+            "–" if f.score is None else f"{f.score:.3f}",
+            "–" if f.p is None else f"{f.p:.3g}",
+            f"{f.copies}/{f.compared}" if f.compared else "–",
+            f.prompt or "(empty prompt)",
+            f"{f.best.reference} {f.best.similarity:.2f}" if f.best else "–",
+        ]
+        for f in summary.findings[:most]
+    ]
+    table(["score", "p", "copies", "prompt", "nearest"], rows, right=(0, 1, 2))
+    if len(summary.findings) > most:
+        print(f"… and {len(summary.findings) - most} more prompts")
+    print()
+    for g in summary.groups:
+        above = "not tested" if g.above is None else f"{g.above.k}/{g.above.n} above threshold"
+        copies = "not tested" if g.copies is None else f"{g.copies.k}/{g.copies.n} with a copy found"
+        print(f"  {g.name}: {above}, {copies}")
+    for d in summary.discrimination:
+        print(f"  {d.name}: AUC {interval(d.auc)}, TPR below 1 % FPR {interval(d.tpr)} ({d.positives} against {d.negatives} prompts)")
+    for sentence in summary.untested:
+        say(f"Not tested: {sentence}")
+
+
+def interval(value: Any) -> str:
+    """``0.98 [0.95, 1.00]``."""
+    return f"{value.value:.3f} [{value.low:.3f}, {value.high:.3f}]"
+
+
+@contextmanager
+def progress(what: str) -> Iterator[Callable[[Any], None]]:
+    """A progress bar on a terminal, a line now and then elsewhere; hands out what an audit calls after each batch."""
+    if QUIET:
+        yield lambda p: None
+    elif sys.stderr.isatty() and "HF_HUB_DISABLE_PROGRESS_BARS" not in os.environ:
+        yield from _bar(what)
+    else:
+        yield from _lines(what)
+
+
+def _bar(what: str) -> Iterator[Callable[[Any], None]]:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, TextColumn("{task.fields[talk]}"), console=Console(stderr=True)) as bar:
+        task = bar.add_task(what, total=None, talk="")
+
+        def update(p: Any) -> None:
+            bar.update(task, completed=p.done, total=p.asked, talk=_talk(p))
+            if p.note:
+                bar.console.print(p.note, markup=False)
+
+        yield update
+
+
+def _lines(what: str, every: float = 10.0) -> Iterator[Callable[[Any], None]]:
+    last = time.monotonic()
+
+    def update(p: Any) -> None:
+        nonlocal last
+        if p.note:
+            say(p.note)
+        if p.done >= p.asked or time.monotonic() - last >= every:
+            last = time.monotonic()
+            eta = "" if p.eta is None or p.done >= p.asked else f", {duration(p.eta)} left"
+            say(f"{what}: {p.done}/{p.asked} samples{eta}{', ' + _talk(p) if _talk(p) else ''}")
+
+    yield update
+
+
+def _talk(p: Any) -> str:
+    """Hits and errors, where there are any."""
+    return ", ".join(f"{n} {word}" for n, word in ((p.hits, "hits"), (p.errors, "failed")) if n)
+
+
+def duration(seconds: float) -> str:
+    """``41 s``, ``3 min``, ``2.5 h``."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def size(count: int) -> str:
+    """``3.1 MB``."""
+    value, unit = float(count), "B"
+    for larger in ("kB", "MB", "GB", "TB"):
+        if value < 1000:
+            break
+        value, unit = value / 1000, larger
+    return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"

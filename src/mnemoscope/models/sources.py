@@ -1,0 +1,301 @@
+"""Finding and opening what a user named: hub repositories, pipeline folders, single files, UNets and LoRA given apart.
+
+Everything that can go wrong here becomes one sentence with the cure; the cause stays attached.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import diffusers
+import torch
+from diffusers.utils import logging as diffusers_logging
+from huggingface_hub import constants, snapshot_download
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+from packaging.version import Version
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from transformers.utils import logging as transformers_logging
+
+from ..errors import CannotAudit, UnknownName, UsageError
+from .host import Origin
+from .identity import PICKLES, weight_files
+
+_verbosity = transformers_logging.get_verbosity()
+transformers_logging.set_verbosity_error()  # on import it complains of a missing torchvision, which nothing here needs
+from diffusers import DiffusionPipeline, StableDiffusionPipeline  # noqa: E402
+
+transformers_logging.set_verbosity(_verbosity)
+
+BUNDLED = {"demo": "text-to-image", "demo-unconditional": "unconditional"}
+"""Names of the models that come with mnemoscope, and their folders under ``demo/assets``."""
+
+UNNEEDED = ("safety_checker", "feature_extractor", "image_encoder")
+"""Components that no audit needs: not downloaded, not loaded."""
+
+DTYPE_KEY = "dtype" if Version(diffusers.__version__) >= Version("0.42") else "torch_dtype"
+
+LoRA: TypeAlias = str | Path | Sequence[str | Path] | Mapping[str, float] | None
+
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_UNETS = ("UNet2DConditionModel", "UNet2DModel")
+_OPENING = (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, SafetensorError)
+
+
+def locate(source: str, where: Mapping[str, Any], hub: Mapping[str, Any]) -> tuple[Path, Origin]:
+    """A local file or folder for ``source``, downloaded if need be."""
+    if source in BUNDLED:
+        path = Path(str(files("mnemoscope"))) / "demo" / "assets" / BUNDLED[source]
+        if not path.is_dir():
+            raise CannotAudit(
+                f"the bundled model {source!r} is missing from this installation ({path}); reinstall mnemoscope."
+            )
+        return path, Origin(name=source, source=source)
+    path = Path(source).expanduser()
+    if path.exists():
+        return path, Origin(name=path.resolve().name, source=source)
+    if path.suffix in PICKLES | {".safetensors"} or source[0] in "./~" or source.count("/") > 1:
+        raise CannotAudit(f"there is no file or folder {source}; check the path.")
+    if not _HUB_ID.fullmatch(source):
+        raise UnknownName("folder or bundled model", source, BUNDLED)
+    path = _download(
+        source, DiffusionPipeline.download, {**where, "use_safetensors": True, **dict.fromkeys(UNNEEDED), **hub}
+    )
+    commit = path.name if path.parent.name == "snapshots" else where["revision"]
+    return path, Origin(name=source, source=source, revision=commit)
+
+
+def _download(source: str, fetch: Callable[..., Any], options: Mapping[str, Any]) -> Path:
+    """A hub repository as a local folder; what goes wrong becomes one sentence."""
+    keep = {k: v for k, v in options.items() if v is not None or k in UNNEEDED}
+    try:
+        return Path(fetch(source, **keep))
+    except GatedRepoError as e:
+        raise CannotAudit(f"{source} is gated: accept its licence on its hub page, then run `hf auth login`.") from e
+    except RepositoryNotFoundError as e:
+        raise CannotAudit(
+            f"there is no folder and no hub repository {source}; a private one needs `hf auth login`."
+        ) from e
+    except RevisionNotFoundError as e:
+        raise CannotAudit(f"{source} has no revision {options.get('revision')!r} on the hub.") from e
+    except Exception as e:
+        if "safetensors" in str(e):
+            raise CannotAudit(
+                f"{source} offers its weights as pickle only, which can run code when opened; choose one with safetensors."
+            ) from e
+        offline = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "the hub was not to be asked"
+        if not (constants.HF_HUB_OFFLINE or options.get("local_files_only")):
+            offline = f"the hub did not answer ({first_line(e)})"
+        cache = options.get("cache_dir") or constants.HF_HUB_CACHE
+        raise CannotAudit(f"{source} is not in the cache and {offline}. Looked in {cache}.") from e
+
+
+# Opening it
+
+
+def pipeline_class(path: Path) -> str:
+    """Name of the diffusers pipeline class that a folder or single file holds, without opening its weights."""
+    if path.is_dir():
+        return _index(path)["_class_name"]
+    if path.suffix in PICKLES:
+        raise CannotAudit(
+            f"{path} is a pickle, which can run code when opened; ask its author for safetensors, or convert it in a sandbox with "
+            f"safetensors.torch.save_file."
+        )
+    if path.suffix != ".safetensors":
+        raise CannotAudit(f"{path} is no model: give a pipeline folder or a .safetensors checkpoint.")
+    with opening(str(path)), safe_open(str(path), "pt") as file:
+        keys = list(file.keys())
+    if any(key.startswith("cond_stage_model.") for key in keys):
+        return StableDiffusionPipeline.__name__
+    if any("lora" in key for key in keys):
+        raise CannotAudit(f"{path} looks like a LoRA: give its base model here, and the file as lora=.")
+    raise CannotAudit(f"{path} is not a Stable Diffusion 1 or 2 checkpoint (it has no cond_stage_model weights).")
+
+
+def open_pipeline(path: Path, variant: str | None, hub: Mapping[str, Any]) -> tuple[Any, dict[str, list[Path]]]:
+    """The pipeline in a folder or file, and the weight files of each component that was loaded from there.
+
+    The key ``""`` stands for a single file that holds them all.
+    """
+    name = pipeline_class(path)
+    parameters = inspect.signature(getattr(diffusers, name).__init__).parameters
+    skip: dict[str, Any] = {k: None for k in UNNEEDED if k in parameters}
+    if path.is_file():
+        return _from_file(path, {**skip, **hub}), {"": [path]}
+    if "requires_safety_checker" in parameters:
+        skip["requires_safety_checker"] = False
+    options = {**skip, **hub}
+    known = _component_files(path, variant, options)
+    with quiet(), opening(str(path)):
+        pipe = DiffusionPipeline.from_pretrained(str(path), variant=variant, use_safetensors=True, **options)
+    return pipe, known
+
+
+def _component_files(folder: Path, variant: str | None, given: Mapping[str, Any]) -> dict[str, list[Path]]:
+    """Weight files of each component that ``model_index.json`` names and that is not given apart; all must be there."""
+    known = {}
+    for name, spec in _index(folder).items():
+        if name.startswith("_") or name in given or not isinstance(spec, list) or spec[0] is None:
+            continue
+        if not (folder / name).is_dir():
+            raise CannotAudit(
+                f"{folder} has no {name}, which its model_index.json names; download or copy the model again, completely."
+            )
+        if (folder / name / "config.json").is_file():
+            known[name] = weight_files(folder / name, variant)
+    return known
+
+
+def _from_file(path: Path, options: Mapping[str, Any]) -> Any:
+    """A checkpoint in the original Stable Diffusion layout."""
+    try:
+        with quiet():
+            return StableDiffusionPipeline.from_single_file(str(path), **options)
+    except Exception as e:
+        if "config" in options:
+            raise CannotAudit(
+                f"{path} could not be opened with the configuration in {options['config']}: {first_line(e)}"
+            ) from e
+        raise CannotAudit(
+            f"{path} holds weights only, and its configuration is neither in the cache nor to be had from the hub; give a local "
+            f"pipeline folder of the same family as config=."
+        ) from e
+
+
+def _index(folder: Path) -> dict[str, Any]:
+    """``model_index.json``, or a sentence that says what the folder is instead."""
+    try:
+        index = json.loads((folder / "model_index.json").read_text("utf-8"))
+    except FileNotFoundError:
+        kind = _config_class(folder)
+        if kind in _UNETS:
+            raise CannotAudit(
+                f"{folder} is a UNet alone: give the pipeline it belongs to, and this folder as unet=."
+            ) from None
+        raise CannotAudit(f"{folder} is no pipeline folder: it has no model_index.json.") from None
+    except ValueError as e:
+        raise CannotAudit(
+            f"{folder / 'model_index.json'} is damaged ({first_line(e)}); download or copy it again."
+        ) from e
+    if not isinstance(index, dict) or not isinstance(index.get("_class_name"), str):
+        raise CannotAudit(
+            f"{folder / 'model_index.json'} names no diffusers pipeline class; custom pipeline code is not run."
+        )
+    return index
+
+
+def open_unet(
+    unet: str | Path | nn.Module, dtype: torch.dtype, where: Mapping[str, Any], hub: Mapping[str, Any]
+) -> tuple[nn.Module, dict[str, list[Path]]]:
+    """A denoiser given apart, and its weight files where it has any."""
+    if isinstance(unet, nn.Module):
+        return unet, {}
+    folder = Path(unet).expanduser()
+    if not folder.exists():
+        if not _HUB_ID.fullmatch(str(unet)):
+            raise CannotAudit(f"there is no folder {unet} to take the UNet from; check the path.")
+        patterns = ["*.json", "unet/*.safetensors", "diffusion_pytorch_model*.safetensors"]
+        folder = _download(str(unet), snapshot_download, {**_hub_only(where, hub), "allow_patterns": patterns})
+    if (folder / "unet").is_dir():
+        folder /= "unet"
+    kind = _config_class(folder)
+    if kind not in _UNETS:
+        raise CannotAudit(f"{folder} holds no UNet ({kind or 'no config.json'}).")
+    found = weight_files(folder, where["variant"])
+    tagged = where["variant"] if where["variant"] and f".{where['variant']}" in found[0].name else None
+    with quiet(), opening(str(folder)):
+        options = {"variant": tagged, "use_safetensors": True, DTYPE_KEY: dtype}
+        return getattr(diffusers, kind).from_pretrained(str(folder), **options), {"unet": found}
+
+
+def _config_class(folder: Path) -> str | None:
+    try:
+        return json.loads((folder / "config.json").read_text("utf-8")).get("_class_name")
+    except (OSError, ValueError):
+        return None
+
+
+def add_lora(pipe: Any, lora: LoRA, where: Mapping[str, Any], hub: Mapping[str, Any]) -> dict[str, Path]:
+    """Load and activate LoRA files; adapter name → file."""
+    if not hasattr(pipe, "load_lora_weights"):
+        raise UsageError(f"lora={lora}: a {type(pipe).__name__} takes no LoRA.")
+    if not diffusers.utils.is_peft_available():
+        raise UsageError("LoRA needs peft: pip install peft.")
+    if isinstance(lora, str | Path):
+        lora = [lora]
+    scales = {
+        str(k): float(v) for k, v in (lora if isinstance(lora, Mapping) else dict.fromkeys(lora or (), 1.0)).items()
+    }
+    found: dict[str, Path] = {}
+    for source in scales:
+        file = _lora_file(source, where, hub)
+        # peft keeps adapters as submodules, whose names cannot hold a dot.
+        name = re.sub(r"\W", "_", file.stem if file.stem != "pytorch_lora_weights" else file.parent.name)
+        name = name if name not in found else f"{name}_{len(found)}"
+        with quiet(), opening(str(file)):
+            pipe.load_lora_weights(str(file.parent), weight_name=file.name, adapter_name=name)
+        found[name] = file
+    pipe.set_adapters(list(found), list(scales.values()))
+    return found
+
+
+def _lora_file(source: str, where: Mapping[str, Any], hub: Mapping[str, Any]) -> Path:
+    path = Path(source).expanduser()
+    if path.suffix in PICKLES:
+        raise CannotAudit(
+            f"{path} is a pickle, which can run code when opened; convert it to safetensors in a sandbox."
+        )
+    if not path.exists():
+        if not _HUB_ID.fullmatch(source):
+            raise CannotAudit(f"there is no LoRA {source}; check the path.")
+        path = _download(source, snapshot_download, {**_hub_only(where, hub), "allow_patterns": ["*.safetensors"]})
+    if path.is_file():
+        return path
+    found = sorted(path.glob("*.safetensors"))
+    if len(found) != 1:
+        names = ", ".join(p.name for p in found) or "none"
+        raise CannotAudit(f"{source} should hold one LoRA file and holds {len(found)} ({names}); give the file itself.")
+    return found[0]
+
+
+def _hub_only(where: Mapping[str, Any], hub: Mapping[str, Any]) -> dict[str, Any]:
+    """What a plain download understands. The revision belongs to the pipeline, not to what is put into it."""
+    return {"local_files_only": where["local_files_only"], "cache_dir": hub.get("cache_dir"), "token": hub.get("token")}
+
+
+# Helpers
+
+
+@contextmanager
+def opening(name: str) -> Iterator[None]:
+    """Turns what diffusers raises on a damaged or foreign model into a sentence; the cause stays attached."""
+    try:
+        yield
+    except _OPENING as e:
+        raise CannotAudit(f"{name} could not be opened: {first_line(e)}") from e
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """No progress bars for opening local files; whoever calls reports progress."""
+    loud = [log for log in (diffusers_logging, transformers_logging) if log.is_progress_bar_enabled()]
+    for log in loud:
+        log.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for log in loud:
+            log.enable_progress_bar()
+
+
+def first_line(e: BaseException) -> str:
+    """The first line of an error that says anything."""
+    return next((line.strip() for line in str(e).splitlines() if line.strip()), type(e).__name__)

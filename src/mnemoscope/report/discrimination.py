@@ -1,0 +1,115 @@
+"""How well the score separates prompts of known label, next to what their wording alone can do."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from .. import stats
+from ..errors import UsageError
+from .findings import Finding
+
+TEXT_SCORES = {"ngrams": "text only: character n-grams", "capitals": "text only: capitals and digits"}
+"""How the two text-only scores are called."""
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """The stored text-only baseline: what the wording of the prompts alone can tell (``controls.json`` of a run).
+
+    The file holds ``dataclasses.asdict`` of the baseline's result, with the list ``prompts`` that its scores belong to.
+
+    Attributes:
+        prompts: The prompts of known label, in the order of ``scores`` and ``clusters``.
+        scores: Out-of-fold score of each prompt; empty where there are too few prompts for folds.
+        clusters: Near-duplicate cluster of each prompt: the unit that intervals resample.
+        separations: AUC and TPR by the name of the score, for those that could be computed.
+        reason: Why something could not be computed, in a sentence.
+    """
+
+    prompts: Sequence[str]
+    scores: Sequence[float]
+    clusters: Sequence[int]
+    separations: Mapping[str, stats.Separation]
+    reason: str = ""
+
+    @classmethod
+    def parse(cls, data: bytes) -> Baseline:
+        """Read ``controls.json``; raises ValueError when it is something else."""
+        try:
+            stored = json.loads(data)
+            found = {name: stored[key] for key, name in TEXT_SCORES.items() if stored[key] is not None}
+            separations = {
+                name: stats.Separation(stats.Interval(**v["auc"]), stats.Interval(**v["tpr"]), v["fpr"])
+                for name, v in found.items()
+            }
+            return cls(stored["prompts"], stored["scores"], stored["clusters"], separations, stored["reason"])
+        except (KeyError, TypeError) as e:
+            raise ValueError(f"no text-only baseline: {type(e).__name__} {e}") from e
+
+
+@dataclass(frozen=True, eq=False)
+class Discrimination:
+    """How well one score separates prompts of known label.
+
+    Attributes:
+        name: The score.
+        positives: Prompts known to be memorized.
+        negatives: Prompts known to be ordinary.
+        separation: AUC, and TPR at a false-positive rate strictly below 1 %, with cluster-bootstrap intervals.
+        roc: The curve; None where only its numbers are stored.
+    """
+
+    name: str
+    positives: int
+    negatives: int
+    separation: stats.Separation
+    roc: stats.Roc | None
+
+
+def discriminations(
+    findings: Sequence[Finding], detector: str | None, baseline: Baseline | None
+) -> tuple[list[Discrimination], str]:
+    """AUC and TPR of the detector, then of the text-only baseline on the same prompts; and what is missing, in a sentence."""
+    known = [(f.prompt, f.score, f.label) for f in findings if f.label is not None and f.score is not None]
+    if not known or detector is None:
+        return [], ""
+    labels = [bool(label) for _, _, label in known]
+    cluster = dict(zip(baseline.prompts, baseline.clusters, strict=True)) if baseline else {}
+    clusters = [cluster.get(prompt, -1 - i) for i, (prompt, _, _) in enumerate(known)]
+    try:
+        found = _discriminate(detector, [score for _, score, _ in known], labels, clusters)
+    except UsageError as e:
+        return [], f"How well the score separates prompts of known label was not computed: {e}"
+    if baseline is None:
+        return [found], "Whether the wording of the prompts alone tells the labeled groups apart was not tested."
+    if sorted(baseline.prompts) != sorted(prompt for prompt, _, _ in known):
+        return [
+            found
+        ], "The stored text-only baseline belongs to other prompts than those scored here; it is not shown."
+    label_of = dict(zip((prompt for prompt, _, _ in known), labels, strict=True))
+    return [found, *_text_only(baseline, [label_of[p] for p in baseline.prompts])], baseline.reason
+
+
+def _discriminate(
+    name: str, scores: Sequence[float], labels: Sequence[bool], clusters: Sequence[int]
+) -> Discrimination:
+    separation = stats.separation(scores, labels, clusters)
+    return Discrimination(name, sum(labels), len(labels) - sum(labels), separation, stats.roc(scores, labels))
+
+
+def _text_only(baseline: Baseline, labels: Sequence[bool]) -> list[Discrimination]:
+    """The stored results, in the order of :data:`TEXT_SCORES`; only the classifier's curve can be drawn."""
+    drawable = TEXT_SCORES["ngrams"] if len(baseline.scores) == len(labels) else None
+    positives = sum(labels)
+    return [
+        Discrimination(
+            name,
+            positives,
+            len(labels) - positives,
+            found,
+            stats.roc(baseline.scores, labels) if name == drawable else None,
+        )
+        for name, found in baseline.separations.items()
+    ]

@@ -1,0 +1,81 @@
+"""What a run did not test, and why: the sentences that keep a report honest."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from .. import stats
+from ..errors import UsageError
+from ..records.schema import Manifest, Thresholds
+from .findings import Finding
+from .words import percent, prompts, verb
+
+
+def untested(
+    manifest: Manifest, findings: Sequence[Finding], thresholds: Thresholds | None, seeds: int
+) -> Iterator[str]:
+    """Sentences, the gravest first; what the run itself noted comes last, as it stands."""
+    yield from _missing(manifest, findings)
+    if thresholds is not None:
+        yield from _judgment(findings, thresholds, seeds)
+    elif any(f.score is not None for f in findings):
+        yield (
+            "Scores are not calibrated for this model: their order means something, a verdict does not. "
+            "`mnemoscope calibrate` makes a threshold."
+        )
+    yield from _comparison(findings)
+    cut = sum(f.dropped > 0 for f in findings)
+    if cut:
+        yield f"{prompts(cut)} {verb(cut, 'has', 'have')} more tokens than the encoder can see; what lies beyond was not tested."
+    if seeds and any(f.compared for f in findings):
+        tried = f"{seeds} {verb(seeds, 'is', 'are')} tried"
+        yield f"Other seeds: a prompt that gives a copy in 1 of 10 seeds is missed with probability {percent(0.9**seeds)} when {tried}."
+    yield from manifest.notes
+
+
+def _missing(manifest: Manifest, findings: Sequence[Finding]) -> Iterator[str]:
+    """Samples that are not there, or failed."""
+    rows, failed = sum(f.seeds + f.failed for f in findings), sum(f.failed for f in findings)
+    if manifest.status != "done":
+        yield f"The run is {manifest.status}: {rows:,} of {manifest.asked:,} samples are there."
+    if failed:
+        lost = sum(not f.seeds for f in findings)
+        yield f"{failed:,} of {rows:,} samples failed; {prompts(lost)} {verb(lost, 'has', 'have')} no result at all."
+
+
+def _judgment(findings: Sequence[Finding], thresholds: Thresholds, seeds: int) -> Iterator[str]:
+    """What the threshold cannot say."""
+    few = sum(f.score is not None and f.above is None for f in findings)
+    if few:
+        yield (
+            f"{prompts(few)} {verb(few, 'has', 'have')} other than the {prompts(seeds, 'seed')} that the threshold is made for, "
+            f"and {verb(few, 'was', 'were')} not judged."
+        )
+    close = sum(f.borderline for f in findings)
+    if close:
+        yield (
+            f"{prompts(close)} {verb(close, 'is', 'are')} borderline, within rounding of the threshold: another machine may "
+            f"call {verb(close, 'it', 'them')} differently."
+        )
+    n = len(thresholds.scores)
+    try:
+        true = stats.realized_fpr(n, thresholds.fpr)
+    except UsageError:  # a file whose scores cannot carry its own rate; its threshold is shown as it stands
+        return
+    yield (
+        f"The threshold rests on {prompts(n, 'ordinary prompt')}: its true false-positive rate lies between "
+        f"{percent(true.low)} and {percent(true.high)} (95 %), and no p-value can be below {1 / (n + 1):.2g}."
+    )
+
+
+def _comparison(findings: Sequence[Finding]) -> Iterator[str]:
+    """What looking for copies left out."""
+    if all(f.best is None for f in findings):
+        yield "No reference images were given, so whether an image is a copy was not tested."
+        return
+    left = sum(not f.compared for f in findings)
+    if left == len(findings):
+        yield "The descriptor is not calibrated, so similarities are listed and no copy is called."
+    elif left:
+        yield f"{prompts(left)} of {len(findings):,} {verb(left, 'has', 'have')} no image that was compared with references."
+    yield "A copy of an image outside the reference set cannot be found."

@@ -1,0 +1,273 @@
+"""What every target promises, on tiny random networks and on the closed-form worlds."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from mnemoscope.detect.magnitude import magnitude
+from mnemoscope.errors import CannotAudit
+from mnemoscope.models.base import Schedule, Target, mix, noise_from_seeds
+from mnemoscope.models.gaussian import Gaussian, Mixture
+from mnemoscope.models.sampling import denoise, null_output
+
+CLOSED = {
+    "gaussian": Gaussian.tiny,
+    "gaussian-flow": lambda: Gaussian.tiny(space="velocity"),
+    "mixture": Mixture.tiny,
+}
+TEXT = ["sd", "sd-v", "sd-x0", "sd2", *CLOSED]
+ALL = [*TEXT, "pixel", "gray", "ldm-kl", "ldm-vq"]
+PROMPTS = ["a cat", "three white dots on a red field"]
+
+
+@pytest.fixture
+def target(request, target_of) -> Target:
+    return CLOSED[request.param]() if request.param in CLOSED else target_of(request.param)
+
+
+def every(*names):
+    return pytest.mark.parametrize("target", names or ALL, indirect=True)
+
+
+def conditions(target, n=2):
+    return target.encode((PROMPTS * n)[:n]) if target.has_text else None
+
+
+def null_of(target):
+    return target.encode([""]) if target.has_text else None
+
+
+def run(target, noise, cond, **options):
+    return list(denoise(target, noise, cond, null_of(target), guidance=3.0, **{"steps": 4, **options}))
+
+
+def times(target, n=2):
+    return target.schedule(4).timesteps[1].repeat(n)
+
+
+@every()
+def test_is_a_target(target):
+    assert isinstance(target, Target)
+    assert isinstance(target.schedule(3), Schedule)
+    assert len(target.latent_shape) == 3
+    assert target.name
+
+
+@every()
+def test_noise_depends_on_base_and_seed_alone(target):
+    four = target.noise([0, 1, 2, 3])
+    assert four.shape == (4, *target.latent_shape)
+    assert torch.equal(four, noise_from_seeds([0, 1, 2, 3], 0, target.latent_shape))
+    assert torch.equal(target.noise([0]), four[:1])
+    assert torch.equal(target.noise([3, 1]), four[[3, 1]])
+    assert not torch.equal(target.noise([0], base=1), four[:1])
+    assert not torch.equal(target.noise([0], base=1), target.noise([1], base=0))
+
+
+@every()
+def test_one_seed_is_the_first_of_four(target):
+    alone = run(target, target.noise([0]), conditions(target, 1))
+    four = run(target, target.noise([0, 1, 2, 3]), conditions(target, 1).expand(4) if target.has_text else None)
+    torch.testing.assert_close(alone[-1].x_next, four[-1].x_next[:1], rtol=1e-4, atol=1e-4)
+
+
+@every()
+def test_batch_size_does_not_matter(target):
+    noise, cond = target.noise([0, 1]), conditions(target)
+    together = run(target, noise, cond)
+    for i in (0, 1):
+        alone = run(target, noise[i : i + 1], None if cond is None else cond.select(torch.tensor([i])))
+        for a, b in zip(alone, together, strict=True):
+            torch.testing.assert_close(a.cond, b.cond[i : i + 1], rtol=1e-4, atol=1e-4)
+
+
+@every()
+def test_counts_forwards_of_single_latents(target):
+    before = target.forwards
+    target.output(target.noise([0, 1]), times(target), conditions(target))
+    assert target.forwards - before == 2
+    before = target.forwards
+    run(target, target.noise([0, 1]), conditions(target), steps=3)
+    assert target.forwards - before == 3 * 2 * (2 if target.has_text else 1)
+
+
+@every()
+def test_work_is_done_when_asked_for(target):
+    before = target.forwards
+    next(denoise(target, target.noise([0]), conditions(target, 1), steps=50))
+    assert target.forwards - before == 1
+
+
+@every()
+def test_caller_keeps_its_grad_mode(target):
+    for mode in (True, False):
+        with torch.set_grad_enabled(mode):
+            for step in denoise(target, target.noise([0]), conditions(target, 1), steps=2):
+                assert torch.is_grad_enabled() is mode
+                assert not step.cond.requires_grad
+            target.encode_images(target.decode(step.x_next))
+            assert torch.is_grad_enabled() is mode
+
+
+@every()
+def test_gradients_flow_to_the_state(target):
+    x = target.noise([0, 1]).to(target.dtype).requires_grad_()
+    target.predict(x, times(target), conditions(target)).square().sum().backward()
+    assert x.grad is not None
+    assert x.grad.abs().sum() > 0
+
+
+@every(*TEXT)
+def test_gradients_flow_to_the_tokens(target):
+    cond = target.encode(PROMPTS)
+    tokens = cond.tokens.clone().requires_grad_()
+    x = target.noise([0, 1]).to(target.dtype)
+    target.predict(x, times(target), replace(cond, tokens=tokens)).square().sum().backward()
+    assert tokens.grad is not None
+    assert (tokens.grad.abs().sum((1, 2)) > 0).all()
+
+
+@every()
+def test_schedules_are_independent(target):
+    one, other = target.schedule(4), target.schedule(4)
+    noise = target.noise([0])
+    x, y = one.start(noise), other.start(noise)
+    cond = conditions(target, 1)
+    with torch.no_grad():
+        for t in one.timesteps:
+            x = one.step(target.output(one.scale(x, t), t, cond), t, x)
+        for t in other.timesteps:
+            y = other.step(target.output(other.scale(y, t), t, cond), t, y)
+    assert torch.equal(x, y)
+    target.schedule(7)
+    assert len(one.timesteps) == 4
+
+
+@every()
+def test_predict_is_the_output_in_the_target_s_space(target):
+    x, t, cond = target.noise([0, 1]).to(target.dtype), times(target), conditions(target)
+    with torch.no_grad():
+        assert torch.equal(target.predict(x, t, cond), target.to_space(target.output(x, t, cond), x, t))
+        assert target.predict(x, t, cond).dtype in (torch.float32, torch.float64)
+
+
+@every()
+def test_time_may_be_shared_or_per_sample(target):
+    x, cond = target.noise([0, 1]).to(target.dtype), conditions(target)
+    shared, own = target.schedule(4).timesteps[1], times(target)
+    with torch.no_grad():
+        torch.testing.assert_close(target.predict(x, shared, cond), target.predict(x, own, cond), rtol=1e-4, atol=1e-5)
+
+
+@every()
+def test_alpha_and_sigma_mix_signal_and_noise(target):
+    """x_t = α x₀ + σ ε round trips: the true noise gives x₀ back, and the scales go the right way."""
+    t = target.schedule(4).timesteps
+    alpha, sigma = target.alpha_sigma(t)
+    assert alpha.shape == sigma.shape == t.shape
+    assert (alpha.diff() > 0).all()  # sampling goes from noise to signal
+    assert (sigma.diff() < 0).all()
+    x0, eps = target.noise([0] * len(t)), target.noise(range(1, len(t) + 1))
+    a, s = alpha.view(-1, 1, 1, 1), sigma.view(-1, 1, 1, 1)
+    x = a * x0 + s * eps
+    inside = alpha > 0.05  # at pure noise x₀ is lost, whatever the arithmetic
+    torch.testing.assert_close(((x - s * eps) / a)[inside], x0[inside], rtol=1e-3, atol=1e-4)
+    scalar_alpha, scalar_sigma = target.alpha_sigma(t[0])
+    assert scalar_alpha.shape == scalar_sigma.shape == ()
+    if target.space == "eps":
+        torch.testing.assert_close(alpha**2 + sigma**2, torch.ones_like(alpha), rtol=1e-5, atol=1e-5)
+
+
+@every()
+def test_identity_is_plain_json(target):
+    identity = target.identity()
+    assert json.loads(json.dumps(identity)) == identity
+    assert identity == target.identity()
+
+
+@every()
+def test_pictures_are_between_0_and_1_on_the_cpu(target):
+    x = target.noise([0, 1]) * 3
+    pictures = target.decode(x)
+    assert pictures.dtype == torch.float32
+    assert pictures.device.type == "cpu"
+    assert pictures.shape[:2] == (2, 3)
+    assert 0 <= pictures.min() <= pictures.max() <= 1
+    assert target.encode_images(pictures).shape == x.shape
+
+
+@every(*TEXT)
+def test_empty_prompt_scores_exactly_0(target):
+    """Alone, beside other prompts, in any position, with the null pass cached or not."""
+    for prompts in ([""], ["a cat", "", "a dog"], ["", "a cat", "", "", "a dog"]):
+        cond, noise = target.encode(prompts), target.noise(range(len(prompts)))
+        first = null_output(target, noise, null_of(target), steps=4)
+        for cached in (None, first):
+            for step in run(target, noise, cond, first_null=cached):
+                d = magnitude(step.cond, step.uncond)
+                blank = torch.tensor([not p for p in prompts])
+                assert (d[blank] == 0).all()
+                assert (d[~blank] > 0).all()
+
+
+@every(*TEXT)
+def test_magnitude_does_not_depend_on_order_sharding_or_the_cached_null(target):
+    prompts, seeds = ["a cat", "a dog on a wall", "x"], [0, 1]
+    cond = target.encode(prompts)
+    which = torch.arange(3).repeat_interleave(2)
+    noise = target.noise(seeds).repeat(3, 1, 1, 1)
+    first = null_output(target, target.noise(seeds), null_of(target), steps=4)
+
+    def scores(rows, cached):
+        cached = first[rows % 2] if cached else None
+        steps = run(target, noise[rows], cond.select(which[rows]), first_null=cached)
+        return torch.stack([magnitude(s.cond, s.uncond) for s in steps], 1)
+
+    rows = torch.arange(6)
+    reference = scores(rows, False)
+    # Rounding of the first steps is carried along by the guided trajectory.
+    close = {"rtol": 2e-4, "atol": 1e-6}
+    torch.testing.assert_close(scores(rows, True), reference, **close)
+    torch.testing.assert_close(scores(rows.flip(0), False).flip(0), reference, **close)
+    torch.testing.assert_close(torch.cat([scores(rows[:2], True), scores(rows[2:], False)]), reference, **close)
+    torch.testing.assert_close(torch.cat([scores(r[None], False) for r in rows]), reference, **close)
+
+
+@every(*TEXT)
+def test_joint_norm_is_root_n_times_the_rms(target):
+    """What a norm over a whole batch (as published in places) has to do with norms per image."""
+    step = run(target, target.noise([0, 1, 2]), target.encode(["a cat"]).expand(3))[0]
+    joint = (step.cond.float() - step.uncond.float()).norm()
+    rms = magnitude(step.cond, step.uncond).square().mean().sqrt()
+    torch.testing.assert_close(joint, 3**0.5 * rms)
+
+
+@every(*TEXT)
+def test_text_is_told_apart_and_counted(target):
+    a, b, none = (target.encode([p]).tokens for p in ("a cat", "a dog", ""))
+    assert not torch.equal(a, b)
+    assert not torch.equal(a, none)
+    assert target.tokens("") == []
+    assert target.tokens("a cat")
+    assert target.dropped("a cat") == 0
+    assert len(target.encode([])) == 0
+    assert len(target.encode(PROMPTS)) == 2
+
+
+@every("pixel", "ldm-kl")
+def test_without_text_says_so(target):
+    assert not target.has_text
+    for call in (lambda: target.encode(["a cat"]), lambda: target.tokens("a cat"), lambda: target.dropped("a cat")):
+        with pytest.raises(CannotAudit, match="takes no text"):
+            call()
+
+
+def test_mixed_seeds():
+    assert mix(0, 7) == 7
+    assert mix(1, 0) != mix(0, 1)
+    assert 0 <= mix(5, 5) < 2**63
+    assert noise_from_seeds([], 0, (1, 2, 2)).shape == (0, 1, 2, 2)
