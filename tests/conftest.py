@@ -7,7 +7,6 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when huggingface_hub is imported: no test may reach for the network
 
 import functools
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -37,6 +36,12 @@ def target_of() -> Callable[[str], Any]:
     return functools.cache(lambda kind: wrap(build(kind)))
 
 
+@pytest.fixture(scope="session")
+def adapt() -> Callable[..., Any]:
+    """``adapt(pipe, **options)``: the pipeline as a target named "tiny"."""
+    return wrap
+
+
 def wrap(pipe: Any, **options: Any) -> Any:
     from mnemoscope.models.host import Origin
     from mnemoscope.models.load import build as adapt
@@ -47,9 +52,11 @@ def wrap(pipe: Any, **options: Any) -> Any:
 def build(kind: str, seed: int = 0) -> Any:
     import torch
 
-    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return _text_pipe(kind) if kind in TEXT_KINDS else _image_pipe(kind)
+        pipe = _text_pipe(kind) if kind in TEXT_KINDS else _image_pipe(kind)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
 
 
 def _text_pipe(kind: str) -> Any:

@@ -70,6 +70,15 @@ def _noised(world: ClosedForm, prompts: list[str], t: Tensor, seed: int = 0) -> 
     return alpha * x0 + sigma * torch.randn(x0.shape, generator=generator, dtype=x0.dtype)
 
 
+def _sample(world: ClosedForm, noise: Tensor, cond: Any, null: Any = None, **options: Any) -> Tensor:
+    """The final state."""
+    last = None
+    for step in denoise(world, noise, cond, null, **options):
+        last = step.x_next
+    assert last is not None
+    return last
+
+
 def _rms(a: Tensor, b: Tensor | float = 0.0) -> float:
     return float((a - b).square().mean().sqrt())
 
@@ -213,8 +222,7 @@ def test_magnitude_of_the_first_step_has_a_closed_form(prompt: str) -> None:
     cond, null, noise = world.encode([prompt]), world.encode([""]), world.noise([3])
     step = next(denoise(world, noise, cond, null))
     assert step.t == 981
-    alpha, sigma = math.sqrt(1 - 0.07602**2), 0.07602  # swapped below: √ᾱ_981 = 0.0760
-    alpha, sigma = sigma, alpha
+    alpha, sigma = 0.07602, math.sqrt(1 - 0.07602**2)  # √ᾱ_981
     eps = [
         sigma * (noise - alpha * mean) / ((alpha * std) ** 2 + sigma**2)
         for mean, std in ((world.mean(each), world.std(each)) for each in (cond, null))
@@ -287,9 +295,28 @@ def test_significance_matches_autograd(world: ClosedForm, prompt: str) -> None:
         x = _noised(world, [prompt] * 2, t)
         d = (world.predict(x, t, replace(cond, tokens=tokens)) - world.predict(x, t, null)).flatten(1).norm(dim=1)
         (gradient,) = torch.autograd.grad(d.sum(), tokens)
-        exact = world.significance(x, t, cond)
+        with torch.no_grad():
+            exact = world.significance(x, t, cond)
         torch.testing.assert_close(exact, gradient.norm(dim=2), rtol=1e-6, atol=1e-12)
-        assert float(exact[:, : len(prompt.split())].min()) > 0
+        if float(d.detach().min()) > 1e-6:
+            assert float(exact[:, : len(prompt.split())].min()) > 0
+
+
+@pytest.mark.parametrize("name", ["gaussian", "mixture"])
+def test_tokens_pushed_too_far_stay_meaningful(name: str) -> None:
+    """Three times the prompt: spreads and weights go below 0, where s counts as |s| and π as 0."""
+    world, t = WORLDS[name](), torch.tensor(700)
+    cond, x = world.encode(["the mona lisa"]), world.noise([0])
+    tokens = (3 * cond.tokens).requires_grad_()
+    pushed = replace(cond, tokens=tokens)
+    d = (world.predict(x, t, pushed) - world.predict(x, t, world.encode([""]))).norm()
+    (gradient,) = torch.autograd.grad(d, tokens)
+    with torch.no_grad():
+        torch.testing.assert_close(world.significance(x, t, pushed), gradient.norm(dim=2), rtol=1e-6, atol=1e-12)
+        if isinstance(world, Mixture):
+            torch.testing.assert_close(world.weights(pushed)[0], torch.tensor([1.0, 0, 0, 0], dtype=torch.float64))
+        else:
+            assert float(world.std(pushed).min()) > 0
 
 
 def test_significance_ranks_words_by_their_share() -> None:
@@ -319,6 +346,13 @@ def test_zeroing_a_word_takes_its_share_away() -> None:
     torch.testing.assert_close(world.mean(without), (1 - share) * world.mean(cond) + share * world.mean(null))
     torch.testing.assert_close(world.std(without), share * world.std(null))
 
+    mixed = _mixture()
+    cond, null = mixed.encode(["the mona lisa"]), mixed.encode([""])
+    tokens = cond.tokens.clone()
+    tokens[:, 1] = 0
+    blend = (1 - share) * mixed.weights(cond) + share * mixed.weights(null)
+    torch.testing.assert_close(mixed.weights(replace(cond, tokens=tokens)), blend)
+
 
 def test_tokens_of_the_null_can_be_learned() -> None:
     """An empty prompt has no effect, yet its places are open to a soft prompt."""
@@ -340,8 +374,7 @@ def test_memorized_prompt_collapses_to_its_image(make: Any, space: str) -> None:
     noise = target.noise(range(4))
     finals = {}
     for prompt in ("the mona lisa", "a cat"):
-        for step in denoise(target, noise, target.encode([prompt]).expand(4), steps=20):
-            finals[prompt] = step.x_next
+        finals[prompt] = _sample(target, noise, target.encode([prompt]).expand(4), steps=20)
     assert float((finals["the mona lisa"] - picture).abs().max()) < 1e-9
     assert float(finals["a cat"].std(0).mean()) > 0.2
     shown = target.decode(finals["the mona lisa"])
@@ -351,10 +384,9 @@ def test_memorized_prompt_collapses_to_its_image(make: Any, space: str) -> None:
 def test_guidance_still_finds_the_memorized_picture() -> None:
     target = Gaussian.tiny()
     cond, null = target.encode(["the mona lisa"]), target.encode([""])
-    for step in denoise(target, target.noise(range(4)), cond.expand(4), null):
-        pass
-    assert float(step.x_next.std(0).max()) < 0.01
-    assert _rms(step.x_next, target.mean(cond)) < 0.1
+    final = _sample(target, target.noise(range(4)), cond.expand(4), null)
+    assert float(final.std(0).max()) < 0.01
+    assert _rms(final, target.mean(cond)) < 0.1
 
 
 @pytest.mark.parametrize("name", ["gaussian", "gaussian-flow", "gaussian-v", "template"])
@@ -365,9 +397,8 @@ def test_sampler_is_the_affine_map_it_is_said_to_be(name: str, guided: bool) -> 
     null = world.encode([""]) if guided else None
     gain, offset = world.sampler_map(cond, null, steps=30, guidance=4.0)
     rows = torch.tensor([0, 1, 0, 1, 0, 1])
-    for step in denoise(world, noise, cond.select(rows), null, steps=30, guidance=4.0):
-        pass
-    torch.testing.assert_close(step.x_next, gain[rows] * noise + offset[rows], rtol=1e-8, atol=1e-9)
+    final = _sample(world, noise, cond.select(rows), null, steps=30, guidance=4.0)
+    torch.testing.assert_close(final, gain[rows] * noise + offset[rows], rtol=1e-8, atol=1e-9)
 
 
 @pytest.mark.parametrize("name", ["gaussian", "gaussian-flow", "template"])
@@ -377,11 +408,9 @@ def test_fine_sampling_converges_to_the_ode_map(name: str) -> None:
 
     def error(steps: int) -> float:
         start = world.schedule(steps).timesteps[0]
-        for step in denoise(world, noise, cond, steps=steps):
-            pass
-        return _rms(step.x_next, world.ode_map(noise, start, cond))
+        return _rms(_sample(world, noise, cond, steps=steps), world.ode_map(noise, start, cond))
 
-    assert error(1000) < 0.15 * error(100)
+    assert error(1000) < 0.2 * error(100)
     assert error(1000) < 2e-3
 
 
@@ -400,9 +429,7 @@ def test_ode_map_composes_and_transports_the_density() -> None:
 def test_sampled_moments_of_an_ordinary_prompt_match_the_closed_form() -> None:
     world = Gaussian(spread=0.5, latent_shape=(1, 2, 2), betas="ddpm", spacing="trailing", **DOUBLE)
     cond, n = world.encode(["a cat"]), 4000
-    for step in denoise(world, world.noise(range(n)), cond.expand(n), steps=200):
-        pass
-    final = step.x_next
+    final = _sample(world, world.noise(range(n)), cond.expand(n), steps=200)
     assert (final.mean(0) - world.mean(cond)[0]).abs().max() < 5 * 0.5 / math.sqrt(n) + 0.005
     assert (final.std(0) / 0.5 - 1).abs().max() < 5 / math.sqrt(2 * n) + 0.01
 
@@ -427,11 +454,9 @@ def test_exact_draws_follow_their_distribution() -> None:
 def test_replication_probability_of_gaussians_matches_sampling() -> None:
     world = Gaussian({"a cat": (0.2, 0.3)}, latent_shape=(1, 2, 2), **DOUBLE)
     cond, null, image = world.encode(["a cat"]), world.encode([""]), torch.full((1, 2, 2), 0.3, dtype=torch.float64)
-    for options in ({}, {"null": null, "guidance": 3.0}):
-        exact = float(world.replication_probability(cond, image, radius=0.3, steps=10, **options))
-        found = world.estimate_replication(
-            cond, image, radius=0.3, n=1000, steps=10, confidence=0.999, base=7, **options
-        )
+    for options in ({"radius": 0.3}, {"radius": 0.13, "null": null, "guidance": 2.0}):
+        exact = float(world.replication_probability(cond, image, steps=20, **options))
+        found = world.estimate_replication(cond, image, n=1000, steps=20, confidence=0.999, base=7, **options)
         assert 0.05 < exact < 0.95
         assert found.n == 1000
         assert found.low < exact < found.high
@@ -449,7 +474,7 @@ def test_replication_probability_of_exact_sampling() -> None:
     interval = stats.binomtest(inside, 2000).proportion_ci(0.999)
     assert interval.low < exact < interval.high
     with pytest.raises(UsageError, match="estimate_replication"):
-        world.replication_probability(cond.select(torch.tensor([0])), image)
+        world.replication_probability(cond, world.mean(cond)[0])
 
 
 def test_replication_probability_at_its_ends() -> None:
@@ -492,19 +517,21 @@ def test_every_generation_of_a_memorizer_is_a_training_picture() -> None:
 # Mixtures.
 
 
-def test_excluded_components_stay_excluded_even_on_top_of_them() -> None:
-    for dtype in (torch.float32, torch.float64):
-        world = Mixture.memorizer(
-            3, has_text=True, prompts={"a cat": [0, 1, 2]}, latent_shape=(3, 16, 16), dtype=dtype
-        )
-        cond, t = world.encode(["a cat"]), torch.tensor(1)
-        assert float(world.weights(cond)[0, 0]) == 0
-        tokens = cond.tokens.requires_grad_()
-        x = (world.alpha_sigma(t)[0] * world.points[:1]).to(dtype)
-        x0 = world.posterior_mean(x, t, replace(cond, tokens=tokens))
-        assert min(_rms(x0, point) for point in world.points[1:]) < 1e-4
-        (gradient,) = torch.autograd.grad(x0.sum(), tokens)
-        assert bool(torch.isfinite(gradient).all())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_excluded_components_stay_excluded_even_on_top_of_them(dtype: torch.dtype) -> None:
+    points = Mixture.memorizer(3, latent_shape=(3, 16, 16)).points
+    # Shares of many lengths: their sums round up and down, and a weight of 1e-8 left by rounding would win here.
+    prompts = [" ".join(["word"] * n) for n in range(1, 25)]
+    world = Mixture(points, prompts={p: [0, 1, 2] for p in prompts}, null=[3, 2, 2], dtype=dtype)
+    cond, t = world.encode(prompts), torch.tensor(1)
+    assert float(world.weights(cond)[:, 0].abs().max()) == 0
+    tokens = cond.tokens.requires_grad_()
+    x = (world.alpha_sigma(t)[0] * world.points[:1]).to(dtype).expand(len(prompts), -1, -1, -1)
+    x0 = world.posterior_mean(x, t, replace(cond, tokens=tokens))
+    for found in x0.detach():
+        assert min(_rms(found, point) for point in world.points[1:]) < 1e-4
+    (gradient,) = torch.autograd.grad(x0.sum(), tokens)
+    assert bool(torch.isfinite(gradient).all())
 
 
 def test_responsibilities_are_posterior_probabilities() -> None:
@@ -587,13 +614,15 @@ def test_flow_steps_are_euler_steps() -> None:
 
 @pytest.mark.parametrize(
     ("betas", "variance", "a", "b"),
-    [("ddpm", 1 / 3, 0.0750, 0.0229), ("stable-diffusion", 1.0, 0.1844, 0.1237), ("latent-diffusion", 1.0, 0.1579, 0.0984)],
+    [
+        ("ddpm", 1 / 3, 0.0750, 0.0229),
+        ("stable-diffusion", 1.0, 0.1844, 0.1237),
+        ("latent-diffusion", 1.0, 0.1579, 0.0984),
+    ],
 )
 def test_constants_of_the_inversion_based_measure(betas: str, variance: float, a: float, b: float) -> None:
     """A = mean[(1 − kα) kσ] and B = mean[k²σ²] with x̂₀ = k x for data N(0, v): known for three schedules."""
-    world = Gaussian(
-        null=(0.0, math.sqrt(variance)), has_text=False, betas=betas, latent_shape=(1, 1, 1), **DOUBLE
-    )
+    world = Gaussian(null=(0.0, math.sqrt(variance)), has_text=False, betas=betas, latent_shape=(1, 1, 1), **DOUBLE)
     t = torch.arange(1000)
     alpha, sigma = world.alpha_sigma(t)
     k = world.posterior_mean(torch.ones(1000, 1, 1, 1, dtype=torch.float64), t, None).flatten()
@@ -612,15 +641,14 @@ def test_worlds_are_targets(make: Any) -> None:
 def test_forwards_are_counted_and_exact_answers_are_free() -> None:
     for world in (_gaussian(), _mixture()):
         cond, null, noise = world.encode(["a cat"]).expand(3), world.encode([""]), world.noise(range(3))
-        for step in denoise(world, noise, cond, null, steps=2):
-            pass
+        final = _sample(world, noise, cond, null, steps=2)
         assert world.forwards == 12
         t = torch.tensor(500)
         world.score(noise, t, cond)
         world.log_density(noise, t, cond)
         world.significance(noise, t, cond)
         assert world.forwards == 12
-        world.predict(step.x, t, cond)
+        world.predict(final, t, cond)
         assert world.forwards == 15
 
 
@@ -642,6 +670,9 @@ def test_unknown_prompts_are_ordinary_and_always_the_same() -> None:
         one, two, other = make.tiny(), make.tiny(), make.tiny(seed=1)
         unheard = one.encode(["never heard of", "never  heard\tof", "heard of never"]).tokens
         assert torch.equal(unheard, two.encode(["never heard of", "never heard of", "heard of never"]).tokens)
+        pictures = [world.draw(world.encode(["the mona lisa"]), torch.Generator()) for world in (one, two, other)]
+        assert torch.equal(pictures[0], pictures[1])
+        assert _rms(pictures[0], pictures[2]) > 0.3
         assert torch.equal(unheard[0], unheard[1])
         assert not torch.equal(unheard[0], unheard[2])
         assert not torch.equal(unheard, other.encode(["never heard of", "never heard of", "heard of never"]).tokens)
@@ -699,7 +730,8 @@ def test_pictures_go_in_and_out(channels: int) -> None:
         torch.testing.assert_close(shown, images)
     if channels == 1:
         torch.testing.assert_close(shown, images.mean(1, keepdim=True).expand(-1, 3, -1, -1))
-    assert torch.equal(world.decode(100 * world.noise([0])).unique(), torch.tensor([0.0, 1.0]))
+    loud = world.decode(100 * world.noise([0]))
+    assert (float(loud.min()), float(loud.max())) == (0, 1)
     with pytest.raises(UsageError, match="6×4"):
         world.encode_images(torch.zeros(1, 3, 8, 8))
 
@@ -717,8 +749,9 @@ def test_worlds_without_text() -> None:
     world = Gaussian(null=(0.3, 0.2), has_text=False, latent_shape=SMALL)
     x, t = world.noise([0, 1]), torch.tensor(500)
     assert world.predict(x, t, None).shape == x.shape
-    with pytest.raises(CannotAudit, match="has_text"):
-        world.encode(["a cat"])
+    for ask in (lambda: world.encode(["a cat"]), lambda: world.tokens("a cat"), lambda: world.dropped("a cat")):
+        with pytest.raises(CannotAudit, match="has_text"):
+            ask()
     with pytest.raises(CannotAudit, match="encode"):
         Gaussian.tiny().predict(torch.zeros(1, 3, 8, 8), t, None)
 
@@ -738,6 +771,9 @@ def test_worlds_without_text() -> None:
         (lambda: Gaussian({"a": (0.0, -1.0)}), "spread of -1"),
         (lambda: Gaussian({"a": (math.nan, 1.0)}), "finite"),
         (lambda: Gaussian({"a": (torch.zeros(5), 1.0)}), "does not fit"),
+        (lambda: Gaussian.world([], {"a": torch.zeros(3, 4, 4)}), "latent_shape"),
+        (lambda: Mixture.world([], {"a": torch.zeros(3, 4, 4)}), "latent_shape"),
+        (lambda: Mixture.world([], ["a"], rare=1.5), "0 or more"),
         (lambda: Gaussian().schedule(0), "steps=0"),
         (lambda: Gaussian().schedule(1001), "steps=1001"),
         (lambda: Mixture(torch.zeros(0, 1, 1, 1)), "empty"),
@@ -749,7 +785,6 @@ def test_worlds_without_text() -> None:
     ],
 )
 def test_faults_are_named(fault: Any, message: str) -> None:
-    # Some of these are caught by the type checker of the test run first; without it, by the code under test.
     with pytest.raises(UsageError, match=message):
         fault()
 

@@ -11,9 +11,10 @@ import hashlib
 import io
 import math
 import time
+from base64 import b64encode
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -29,7 +30,10 @@ from ..types import Latents, Step
 from .config import AuditConfig
 from .prompts import Prompt
 
-__all__ = ["Examiner", "Reference", "Sample"]
+__all__ = ["Examiner", "Reference", "Sample", "webp", "webp_uri"]
+
+AUTO_BATCH, AUTO_BATCH_CPU = 64, 16
+"""Where ``batch_size: auto`` starts. A CPU gains nothing beyond a few samples."""
 
 TEXT_BATCH = 32
 """Prompts that are encoded together, ahead of their turn."""
@@ -37,10 +41,14 @@ TEXT_BATCH = 32
 Pictures = Float[Tensor, "batch 3 height width"]
 
 
+@runtime_checkable
 class Reference(Protocol):
     """Pictures a copy could be of. May also have ``image(id) -> [3, height, width]``, to be kept beside the copy."""
 
-    name: str
+    @property
+    def name(self) -> str:
+        """The descriptor's name."""
+        ...
 
     def nearest(self, images: Pictures) -> Sequence[Any]:
         """For each picture in [0, 1] an object with the fields of :class:`~mnemoscope.records.schema.Nearest`."""
@@ -142,7 +150,7 @@ class Examiner:
             row.note = f"prompt truncated: the model never saw its last {row.tokens_dropped} tokens"
 
     def _keep(self, name: str, picture: Tensor) -> str:
-        return self.save(f"images/{name}.webp", _webp(picture))
+        return self.save(f"images/{name}.webp", webp(picture))
 
     def _nearest(self, pictures: Pictures | None, faults: list[str | None]) -> list[Nearest | None]:
         sound = [i for i, fault in enumerate(faults) if fault is None]
@@ -176,6 +184,13 @@ def needs_null(config: AuditConfig, target: Target, detectors: Mapping[str, Dete
         return target.has_text
     guidance = target.guidance if config.guidance is None else config.guidance
     return target.has_text and guidance > 1 and steps_run(config, detectors) != 1
+
+
+def batch_size(config: AuditConfig, target: Target) -> int:
+    """Samples per batch at the start; it halves when memory runs out."""
+    if config.batch_size != "auto":
+        return config.batch_size
+    return AUTO_BATCH_CPU if target.device.type == "cpu" else AUTO_BATCH
 
 
 class _Texts:
@@ -275,9 +290,14 @@ def _bare(sample: Sample) -> Row:
     return Row(id=sample.id, prompt_id=p.id, prompt=p.text, seed=sample.seed, status="ok", group=p.group, label=p.label)
 
 
-def _webp(picture: Float[Tensor, "3 height width"]) -> bytes:
+def webp(picture: Float[Tensor, "3 height width"]) -> bytes:
     """A picture in [0, 1] as WebP. Small ones lossless: there, artefacts would be as large as details."""
     pixels = (picture.permute(1, 2, 0) * 255).round().clamp(0, 255).to(torch.uint8).cpu().numpy()
     out = io.BytesIO()
     Image.fromarray(pixels).save(out, "WEBP", lossless=max(pixels.shape) <= 128, quality=90, method=4)
     return out.getvalue()
+
+
+def webp_uri(picture: Float[Tensor, "3 height width"]) -> str:
+    """The same, to be put into a page."""
+    return f"data:image/webp;base64,{b64encode(webp(picture)).decode()}"

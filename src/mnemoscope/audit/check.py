@@ -93,7 +93,9 @@ class Check:
         from .batch import webp_uri
 
         pictures = [] if self.images is None else [webp_uri(i) for i in self.images]
-        shown = "".join(f'<img src="{uri}" alt="generated with seed {j}" height="128"> ' for j, uri in enumerate(pictures))
+        shown = "".join(
+            f'<img src="{uri}" alt="generated with seed {j}" height="128"> ' for j, uri in enumerate(pictures)
+        )
         return f"<p><b>{html.escape(self.prompt)}</b><br>{html.escape(self.words)}</p><p>{shown}</p>"
 
     def to_dict(self) -> dict[str, Any]:

@@ -10,11 +10,11 @@ import torch
 
 from ..detect.base import Detector
 from ..models.base import Target
-from .batch import needs_null, steps_run
+from .batch import batch_size, needs_null, steps_run
 from .config import AuditConfig
 from .request import choose_detectors, read_prompts_for
 
-__all__ = ["Plan", "plan", "seconds_per_forward"]
+__all__ = ["Plan", "measure_speed", "plan"]
 
 PICTURE_BYTES = 40_000
 
@@ -55,7 +55,7 @@ def plan(
         config: What is asked.
         target: The model; without it, a text model with guidance is assumed.
         detectors: As for :func:`~mnemoscope.audit.run.audit`.
-        seconds_per_forward: From :func:`seconds_per_forward`.
+        seconds_per_forward: From :func:`measure_speed`.
     """
     watching = choose_detectors(config, detectors)
     prompts = read_prompts_for(config, target)
@@ -76,11 +76,12 @@ def plan(
     )
 
 
-def seconds_per_forward(target: Target, batch: int) -> float:
-    """Measured time of one denoiser forward of one latent, in a batch of that size. Costs 2·batch forwards."""
+def measure_speed(config: AuditConfig, target: Target) -> float:
+    """Seconds per denoiser forward of one latent, measured at the batch size the audit would start with (two batches)."""
+    batch = batch_size(config, target)
     noise = target.noise(list(range(batch)))
     cond = target.encode([""]).expand(batch) if target.has_text else None
-    schedule = target.schedule(1)
+    schedule = target.schedule(config.steps)
     t = schedule.timesteps[0]
     x = schedule.scale(schedule.start(noise), t)
     with torch.no_grad():

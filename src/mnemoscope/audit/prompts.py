@@ -181,8 +181,7 @@ def _read_txt(path: Path) -> tuple[_Table, list[str]]:
     if lines[-1][1] == "":  # what follows the last line break is not a line
         lines.pop()
     table = _table([(f"line {i} of {path}", line) for i, line in lines if line.strip()])
-    blank = len(lines) - len(table.rows)
-    return table, [f"{_count(blank, 'blank line')} left out"] if blank else []
+    return table, _blank(len(lines) - len(table.rows))
 
 
 def _read_jsonl(path: Path) -> tuple[_Table, list[str]]:
@@ -218,7 +217,7 @@ def _read_csv(path: Path) -> tuple[_Table, list[str]]:
     if not text.strip():
         return _Table([], []), []
     rows: list[tuple[str, Mapping[str, Any]]] = []
-    line = 1
+    line, blank = 1, 0
     try:
         reader = csv.reader(io.StringIO(text, newline=""), delimiter=_delimiter(path, text), strict=True)
         names = next(reader)
@@ -226,20 +225,20 @@ def _read_csv(path: Path) -> tuple[_Table, list[str]]:
             raise UsageError(f"{path} has two columns named {repeated[0]!r}; rename one.")
         for cells in reader:
             line = reader.line_num
-            # csv gives [] for a blank line; in a table of one column that is how an empty prompt looks.
-            cells = cells or ([""] if len(names) == 1 else [])
-            if cells and len(cells) != len(names):
+            if not cells:  # a blank line; an empty prompt in a single column is written ""
+                blank += 1
+            elif len(cells) != len(names):
                 raise UsageError(
                     f"line {line} of {path} has {_count(len(cells), 'field')} and the header has {len(names)}; put quotes around "
                     f"prompts that contain the delimiter, or use .txt for one plain prompt per line."
                 )
-            if cells:
+            else:
                 rows.append((f"line {line} of {path}", dict(zip(names, cells, strict=True))))
     except csv.Error as e:
         raise UsageError(
             f"{path} is not CSV after line {line} ({e}); double the quotes inside a quoted prompt and close them."
         ) from None
-    return _Table(names, rows), []
+    return _Table(names, rows), _blank(blank)
 
 
 def _delimiter(path: Path, text: str) -> str:
@@ -254,20 +253,16 @@ def _read_parquet(path: Path) -> tuple[_Table, list[str]]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    def is_plain(kind: pa.DataType) -> bool:
+        return not (pa.types.is_nested(kind) or pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
+
     try:
-        table = pq.read_table(path)
-    except (pa.ArrowException, OSError) as e:
+        with pq.ParquetFile(path) as file:
+            # Pictures beside the captions stay where they are.
+            plain = [field.name for field in file.schema_arrow if is_plain(field.type)]
+            rows = file.read(columns=plain).to_pylist()
+    except (pa.ArrowException, OSError, ValueError) as e:
         raise UsageError(f"{path} is not a Parquet file that can be read ({e}).") from e
-    # Only what can be a prompt, an id, a group or a label: pictures beside the captions stay where they are.
-    plain = [
-        f.name
-        for f in table.schema
-        if not (pa.types.is_nested(f.type) or pa.types.is_binary(f.type) or pa.types.is_large_binary(f.type))
-    ]
-    try:
-        rows = table.select(plain).to_pylist()
-    except (pa.ArrowException, ValueError) as e:
-        raise UsageError(f"{path} holds values that cannot be read ({e}).") from e
     return _Table(plain, [(f"row {i} of {path}", row) for i, row in enumerate(rows, 1)]), []
 
 
@@ -300,22 +295,16 @@ def _prompts(table: _Table, columns: Columns, name: str) -> Iterator[Prompt]:
     if not table.rows:
         return
     prompt = _column(table, columns.prompt, COLUMNS, name) or _only_column(table, name)
-    chosen = {"id": _column(table, columns.id, ("id",), name), "group": _column(table, columns.group, ("group",), name)}
+    id = _column(table, columns.id, ("id",), name)
+    group = _column(table, columns.group, ("group",), name)
     label = _column(table, columns.label, ("label",), name)
-    if (
-        columns.label is None
-        and label is not None
-        and any(_truth(row.get(label)) is NotImplemented for _, row in table.rows)
-    ):
+    if columns.label is None and label and any(_truth(row.get(label)) is NotImplemented for _, row in table.rows):
         label = None  # a column that happens to be called so
     for where, row in table.rows:
         if prompt not in row:
             raise UsageError(f"{where} has no {prompt!r}; every row needs a prompt.")
-        yield _prompt(
-            row[prompt],
-            {k: row.get(c) for k, c in chosen.items() if c} | {"label": row.get(label) if label else None},
-            where,
-        )
+        named, grouped, labelled = (None if column is None else row.get(column) for column in (id, group, label))
+        yield _prompt(row[prompt], named, grouped, labelled, where)
 
 
 def _column(table: _Table, asked: str | None, usual: Iterable[str], name: str) -> str | None:
@@ -350,7 +339,7 @@ def _truth(value: Any) -> Any:
     return True if word in TRUE else False if word in FALSE else NotImplemented
 
 
-def _prompt(text: Any, facts: Mapping[str, Any], where: str) -> Prompt:
+def _prompt(text: Any, id: Any, group: Any, label: Any, where: str) -> Prompt:
     if not isinstance(text, str):
         raise UsageError(f"{where}: the prompt is {_kind(text)}, not text; correct it, or choose another column.")
     try:
@@ -359,13 +348,13 @@ def _prompt(text: Any, facts: Mapping[str, Any], where: str) -> Prompt:
         raise UsageError(
             f"{where}: the prompt has half of a character (U+{ord(text[e.start]):04X}) at position {e.start}; correct it."
         ) from None
-    label = _truth(facts.get("label"))
-    if label is NotImplemented:
+    truth = _truth(label)
+    if truth is NotImplemented:
         raise UsageError(
-            f"{where}: label {facts['label']!r} is not one of {', '.join(TRUE + FALSE)}; choose another label column."
+            f"{where}: label {label!r} is not one of {', '.join(TRUE + FALSE)}; choose another label column."
         )
-    id, group = (None if facts.get(k) in (None, "") else str(facts[k]) for k in ("id", "group"))
-    return Prompt(id or hashlib.sha256(text.encode()).hexdigest()[:12], text, group, label)
+    name = hashlib.sha256(text.encode()).hexdigest()[:12] if id in (None, "") else str(id)
+    return Prompt(name, text, None if group in (None, "") else str(group), truth)
 
 
 def _once(found: list[Prompt], name: str) -> tuple[list[Prompt], list[str]]:
@@ -391,6 +380,10 @@ def _once(found: list[Prompt], name: str) -> tuple[list[Prompt], list[str]]:
 
 def _kind(value: Any) -> str:
     return "null" if value is None else f"{type(value).__name__} {str(value)[:40]!r}"
+
+
+def _blank(n: int) -> list[str]:
+    return [f"{_count(n, 'blank line')} left out"] if n else []
 
 
 def _count(n: int, noun: str) -> str:

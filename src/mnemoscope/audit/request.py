@@ -25,10 +25,7 @@ from .batch import Reference, Sample
 from .config import AuditConfig
 from .prompts import Prompt, PromptSet
 
-__all__ = ["Request", "choose_detectors", "open_target", "read_prompts_for"]
-
-PROVENANCE = frozenset({"name", "source", "revision"})
-"""Where a model came from: stored, but no score depends on it."""
+__all__ = ["Request", "choose_detectors", "load", "read_prompts_for"]
 
 PACKAGES = ("mnemoscope", "torch", "diffusers", "transformers", "safetensors", "numpy", "pillow")
 
@@ -76,7 +73,7 @@ class Request:
         Raises:
             MnemoscopeError: it cannot be carried out; the sentence says why.
         """
-        target = open_target(config) if target is None else target
+        target = load(config) if target is None else target
         watching = choose_detectors(config, detectors)
         _require_possible(config, target, watching, reference)
         prompts = read_prompts_for(config, target)
@@ -147,13 +144,13 @@ class Request:
         )
 
 
-def open_target(config: AuditConfig) -> Target:
+def load(config: AuditConfig) -> Target:
     """The model that a configuration names."""
     if config.model is None:
         raise UsageError("no model was named; give a hub id, a folder or a checkpoint as model.")
-    from ..models.load import load  # here, because it brings diffusers, which a target in memory may not need
+    from ..models import load as opener  # here, because it brings diffusers, which a target in memory may not need
 
-    return load(config.model, dtype=config.dtype, device=config.device, **config.model_options)
+    return opener.load(config.model, dtype=config.dtype, device=config.device, **config.model_options)
 
 
 def choose_detectors(config: AuditConfig, detectors: Sequence[Detector] | None = None) -> dict[str, Detector]:
@@ -198,13 +195,13 @@ def setting_of(config: AuditConfig, target: Target, detectors: Mapping[str, Dete
 
 def identity_of(target: Target) -> dict[str, Any]:
     """A target's identity without where it came from."""
-    return {k: v for k, v in _plain(target.identity()).items() if k not in PROVENANCE}
+    return {k: v for k, v in _plain(target.identity()).items() if k not in calibrate.PROVENANCE}
 
 
 def calibration_setting(config: AuditConfig, target: Target, detector: Detector) -> dict[str, Any]:
     """What a calibrated score of this detector depends on."""
     return calibrate.setting_of(
-        identity_of(target),
+        _plain(target.identity()),
         guidance=float(target.guidance if config.guidance is None else config.guidance),
         steps=config.steps,
         window=getattr(detector, "window", (0, detector.steps_needed)),

@@ -20,14 +20,14 @@ from ..models.base import Target
 from ..records.schema import Row
 from ..records.store import Run, Writer
 from ..records.table import prompt_scores
-from .batch import Examiner, Reference, Sample
+from .batch import Examiner, Reference, Sample, batch_size
 from .config import AuditConfig
+from .plan import measure_speed as measure_speed
+from .plan import plan as plan
 from .request import Request, calibration_setting, now
+from .request import load as load
 
-__all__ = ["Progress", "audit", "calibrate"]
-
-AUTO_BATCH, AUTO_BATCH_CPU = 64, 16
-"""Where ``batch_size: auto`` starts; it halves when memory runs out. A CPU gains nothing beyond a few samples."""
+__all__ = ["Progress", "audit", "calibrate", "load", "measure_speed", "plan"]
 
 SAVE_EVERY = 10.0
 """Seconds between updates of the manifest while a run goes on, so that a kill loses little of its counts."""
@@ -172,7 +172,7 @@ class _Session:
         finished = writer.run.finished()
         self.request, self.writer, self.run, self.progress = request, writer, writer.run, progress
         self.todo = [s for s in request.share if s.id not in finished]
-        self.size = _batch_size(request.config, request.target)
+        self.size = batch_size(request.config, request.target)
         self.notes = list(request.notes)
         self.began = time.perf_counter()
         self.errors = self.worked = 0
@@ -209,24 +209,25 @@ class _Session:
             raise
         except torch.OutOfMemoryError as e:
             error: Exception = e.with_traceback(None)  # its frames hold the tensors that did not fit
-            parts = self.halve(batch)
         except Exception as e:
             error = e
-            parts = [[sample] for sample in batch]
         if len(batch) == 1:
             return [self.examiner.failed(batch[0], error)]
-        return [row for part in parts for row in self.attempt(part)]
+        if not isinstance(error, torch.OutOfMemoryError):
+            return [row for sample in batch for row in self.attempt([sample])]
+        self.halve(len(batch))
+        rows: list[Row] = []
+        while len(rows) < len(batch):  # a part may halve the size again
+            rows += self.attempt(batch[len(rows) : len(rows) + self.size])
+        return rows
 
-    def halve(self, batch: Sequence[Sample]) -> list[Sequence[Sample]]:
+    def halve(self, size: int) -> None:
         """Smaller batches from now on."""
-        half = max(1, len(batch) // 2)
-        if len(batch) > 1:
-            self.size = half
-            self._note = f"out of memory at batch {len(batch)}; continuing with {half}"
-            self.notes.append(self._note)
+        self.size = size // 2
+        self._note = f"out of memory at batch {size}; continuing with {self.size}"
+        self.notes.append(self._note)
         if self.request.target.device.type == "cuda":
             torch.cuda.empty_cache()
-        return [batch[:half], batch[half:]]
 
     def count(self, rows: Sequence[Row]) -> None:
         """Tell the caller, and now and then the manifest."""
@@ -286,9 +287,3 @@ class _Session:
             if calibration.above(sum(scores) / len(scores)):
                 self._hits.add(row.prompt_id)
             del self._scores[row.prompt_id]
-
-
-def _batch_size(config: AuditConfig, target: Target) -> int:
-    if config.batch_size != "auto":
-        return config.batch_size
-    return AUTO_BATCH_CPU if target.device.type == "cpu" else AUTO_BATCH

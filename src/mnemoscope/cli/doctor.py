@@ -11,7 +11,17 @@ from typing import Any
 
 from .screen import size
 
-PACKAGES = ("mnemoscope", "torch", "diffusers", "transformers", "safetensors", "numpy", "scipy", "scikit-learn", "pillow")
+PACKAGES = (
+    "mnemoscope",
+    "torch",
+    "diffusers",
+    "transformers",
+    "safetensors",
+    "numpy",
+    "scipy",
+    "scikit-learn",
+    "pillow",
+)
 
 
 def examine() -> dict[str, Any]:
@@ -23,9 +33,13 @@ def examine() -> dict[str, Any]:
         except PackageNotFoundError:
             facts[name] = "missing: pip install mnemoscope"
     facts |= _devices()
-    home = Path(os.environ.get("HF_HUB_CACHE") or Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser() / "hub")
+    home = Path(
+        os.environ.get("HF_HUB_CACHE") or Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser() / "hub"
+    )
     facts["model cache"] = f"{home} ({'exists' if home.is_dir() else 'empty'})"
-    facts["offline"] = "yes (HF_HUB_OFFLINE)" if os.environ.get("HF_HUB_OFFLINE", "0").lower() in ("1", "true", "yes", "on") else "no"
+    facts["offline"] = (
+        "yes (HF_HUB_OFFLINE)" if os.environ.get("HF_HUB_OFFLINE", "0").lower() in ("1", "true", "yes", "on") else "no"
+    )
     facts["free disk here"] = size(shutil.disk_usage(Path.cwd()).free)
     facts["bundled models"] = _bundled()
     return facts

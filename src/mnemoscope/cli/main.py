@@ -27,39 +27,58 @@ app = typer.Typer(
     epilog="Quick start: mnemoscope demo  ·  mnemoscope check demo 'a red apple'  ·  mnemoscope audit MODEL --prompts prompts.txt",
 )
 
-Model = Annotated[str, typer.Argument(help="Hub id, folder or .safetensors file of the model; 'demo' is the bundled one.")]
-Prompts = Annotated[Path | None, typer.Option(help="TXT, JSONL, JSON, CSV, TSV or Parquet file.", show_default=False)]
-Column = Annotated[str | None, typer.Option(help="Column of the prompt; default: prompt, caption or text.", show_default=False)]
-IdColumn = Annotated[str | None, typer.Option(help="Column of the prompt's id.", show_default=False)]
-GroupColumn = Annotated[str | None, typer.Option(help="Column of the prompt's group.", show_default=False)]
-LabelColumn = Annotated[str | None, typer.Option(help="Column that says which prompts are known to be memorized.", show_default=False)]
-Seeds = Annotated[int | None, typer.Option(help="Generations per prompt; default 4.", show_default=False)]
-BaseSeed = Annotated[int | None, typer.Option(help="Another base gives other starting noises; default 0.", show_default=False)]
-SeedMode = Annotated[str | None, typer.Option(help="shared (one bank of noises for all prompts) or per-prompt.", show_default=False)]
-Detectors = Annotated[
-    list[str] | None, typer.Option("--detectors", help="Detector; repeat for several; default magnitude.", show_default=False)
+Model = Annotated[
+    str, typer.Argument(help="Hub id, folder or .safetensors file of the model; 'demo' is the bundled one.")
 ]
-Window = Annotated[int | None, typer.Option(help="Leading steps that the magnitude averages over; default 1.", show_default=False)]
-Guidance = Annotated[float | None, typer.Option(help="Guidance scale; default: the model's own.", show_default=False)]
-Steps = Annotated[int | None, typer.Option(help="Length of the sampler's schedule; default 50.", show_default=False)]
-BatchSize = Annotated[str | None, typer.Option(help="Samples per batch, or auto.", show_default=False)]
-Images = Annotated[bool | None, typer.Option("--images/--no-images", help="Keep the pictures.", show_default=False)]
-Dtype = Annotated[str | None, typer.Option(help="float32, float16 or bfloat16; default: by the device.", show_default=False)]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, …", show_default=False)]
-Out = Annotated[Path | None, typer.Option(help="Where to write.", show_default=False)]
-Limit = Annotated[int | None, typer.Option(help="Only the first so many prompts.", show_default=False)]
-Shard = Annotated[str | None, typer.Option(help="k/m: do share k of m, or env.", show_default=False)]
-MaxErrors = Annotated[str | None, typer.Option(help="Stop after more failures than this (a count, or a share below 1).", show_default=False)]
-Notes = Annotated[list[str] | None, typer.Option("--notes", help="Something a reader of the run should know; repeatable.", show_default=False)]
-Config = Annotated[Path | None, typer.Option(help="YAML file with the same names as the options; options win.", show_default=False)]
-ThresholdsFile = Annotated[Path | None, typer.Option("--calibration", help="thresholds.json of `mnemoscope calibrate`.", show_default=False)]
+Prompts = Annotated[Path | None, _option("TXT, JSONL, JSON, CSV, TSV or Parquet file.")]
+Column = Annotated[str | None, _option("Column of the prompt; default: prompt, caption or text.")]
+IdColumn = Annotated[str | None, _option("Column of the prompt's id.")]
+GroupColumn = Annotated[str | None, _option("Column of the prompt's group.")]
+LabelColumn = Annotated[str | None, _option("Column that says which prompts are known to be memorized.")]
+Seeds = Annotated[int | None, _option("Generations per prompt; default 4.")]
+BaseSeed = Annotated[int | None, _option("Another base gives other starting noises; default 0.")]
+SeedMode = Annotated[str | None, _option("shared (one bank of noises for all prompts) or per-prompt.")]
+Detectors = Annotated[
+    list[str] | None,
+    _option("Detector; repeat for several; default magnitude.", "--detectors"),
+]
+Window = Annotated[int | None, _option("Leading steps that the magnitude averages over; default 1.")]
+Guidance = Annotated[float | None, _option("Guidance scale; default: the model's own.")]
+Steps = Annotated[int | None, _option("Length of the sampler's schedule; default 50.")]
+BatchSize = Annotated[str | None, _option("Samples per batch, or auto.")]
+Images = Annotated[bool | None, _option("Keep the pictures.", "--images/--no-images")]
+Dtype = Annotated[str | None, _option("float32, float16 or bfloat16; default: by the device.")]
+Device = Annotated[str | None, _option("cpu, cuda, cuda:1, …")]
+Out = Annotated[Path | None, _option("Where to write.")]
+Limit = Annotated[int | None, _option("Only the first so many prompts.")]
+Shard = Annotated[str | None, _option("k/m: do share k of m, or env.")]
+MaxErrors = Annotated[
+    str | None,
+    _option("Stop after more failures than this (a count, or a share below 1)."),
+]
+Notes = Annotated[
+    list[str] | None,
+    _option("Something a reader of the run should know; repeatable.", "--notes"),
+]
+Config = Annotated[Path | None, _option("YAML file with the same names as the options; options win.")]
+ThresholdsFile = Annotated[Path | None, _option("thresholds.json of `mnemoscope calibrate`.", "--calibration")]
+AcceptThreshold = Annotated[
+    bool | None,
+    _option("Use a calibration made under another setting; the run says so.", "--accept-threshold"),
+]
 ModelOption = Annotated[
     list[str] | None,
-    typer.Option("--model-option", help="name=value handed to the loader: revision, variant, unet, lora; repeatable.", show_default=False),
+    typer.Option(
+        "--model-option",
+        help="name=value handed to the loader: revision, variant, unet, lora; repeatable.",
+        show_default=False,
+    ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Start over in a new folder instead of continuing.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the resolved settings, forwards, time and disk; compute nothing.")]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Print the resolved settings, forwards, time and disk; compute nothing.")
+]
 
 
 @app.callback()
@@ -112,7 +131,9 @@ def check(
     window: Annotated[int, typer.Option(help="Leading steps that the score averages over.")] = 1,
     steps: Annotated[int, typer.Option(help="Length of the sampler's schedule.")] = 50,
     guidance: Guidance = None,
-    images: Annotated[bool, typer.Option("--images", help="Finish the trajectories and write pictures to --out.")] = False,
+    images: Annotated[
+        bool, typer.Option("--images", help="Finish the trajectories and write pictures to --out.")
+    ] = False,
     out: Annotated[Path, typer.Option(help="Folder for pictures.")] = Path("runs/check"),
     calibration: ThresholdsFile = None,
     dtype: Dtype = None,
@@ -130,10 +151,20 @@ def check(
 
     target = load(model, dtype=dtype, device=device, **_options(model_option))
     _say_target(target)
-    found = Calibration.load(calibration) if calibration else _bundled_calibration(model, guidance, steps, seeds, window)
+    found = (
+        Calibration.load(calibration) if calibration else _bundled_calibration(model, guidance, steps, seeds, window)
+    )
     reference = _bundled_reference(model) if images else None
     result = check_prompt(
-        target, prompt, seeds=seeds, window=window, steps=steps, guidance=guidance, images=images, calibration=found, reference=reference
+        target,
+        prompt,
+        seeds=seeds,
+        window=window,
+        steps=steps,
+        guidance=guidance,
+        images=images,
+        calibration=found,
+        reference=reference,
     )
     files = _write_pictures(result.images, out) if result.images is not None else []
     if as_json:
@@ -148,7 +179,9 @@ def check(
 
 @app.command()
 def audit(
-    model: Annotated[str | None, typer.Argument(help="The model; may stand in --config instead.", show_default=False)] = None,
+    model: Annotated[
+        str | None, typer.Argument(help="The model; may stand in --config instead.", show_default=False)
+    ] = None,
     prompts: Prompts = None,
     column: Column = None,
     id_column: IdColumn = None,
@@ -164,6 +197,7 @@ def audit(
     batch_size: BatchSize = None,
     images: Images = None,
     calibration: ThresholdsFile = None,
+    accept_threshold: AcceptThreshold = None,
     out: Out = None,
     dtype: Dtype = None,
     device: Device = None,
@@ -201,13 +235,17 @@ def audit(
         screen.show_summary(summary)
         print(f"\nRun: {run.folder}   Report: {write_report(run.folder)}")
     if run.manifest.status != "done":
-        screen.fail(f"{run.folder} is {run.manifest.status}: not every sample has a score; repeat the command, or read the rows.")
+        screen.fail(
+            f"{run.folder} is {run.manifest.status}: not every sample has a score; repeat the command, or read the rows."
+        )
         raise typer.Exit(3)
 
 
 @app.command()
 def calibrate(
-    model: Annotated[str | None, typer.Argument(help="The model; may stand in --config instead.", show_default=False)] = None,
+    model: Annotated[
+        str | None, typer.Argument(help="The model; may stand in --config instead.", show_default=False)
+    ] = None,
     prompts: Prompts = None,
     column: Column = None,
     fpr: Annotated[float, typer.Option(help="Stated false-positive rate of the threshold.")] = 0.01,
@@ -255,9 +293,9 @@ def calibrate(
 @app.command()
 def report(
     runs: Annotated[list[Path], typer.Argument(help="One run folder, or several to compare.")],
-    out: Annotated[Path | None, typer.Option(help="File to write.", show_default=False)] = None,
+    out: Annotated[Path | None, _option("File to write.")] = None,
     kind: Annotated[str, typer.Option("--format", help="html, markdown or json.")] = "html",
-    reference: Annotated[Path | None, typer.Option(help="Folder of reference pictures named by id.", show_default=False)] = None,
+    reference: Annotated[Path | None, _option("Folder of reference pictures named by id.")] = None,
     blur: Annotated[bool, typer.Option("--blur/--no-blur", help="Blur found copies until clicked.")] = True,
 ) -> None:
     """Write the report of a run as one self-contained file; needs no model and no torch.
@@ -276,8 +314,10 @@ def report(
 
 @app.command(name="ls")
 def list_installed(
-    what: Annotated[str, typer.Argument(help="detectors, targets, descriptors or prompts (the bundled ones).")] = "detectors",
-    group: Annotated[str | None, typer.Option(help="With prompts: only this group.", show_default=False)] = None,
+    what: Annotated[
+        str, typer.Argument(help="detectors, targets, descriptors or prompts (the bundled ones).")
+    ] = "detectors",
+    group: Annotated[str | None, _option("With prompts: only this group.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """List what is installed, or the bundled world's prompts.
@@ -293,7 +333,10 @@ def list_installed(
 
         world = World()
         columns = ["id", "caption", "group", "copies"]
-        rows = [[r.id, r.caption, r.group, str(r.copies)] for r in (world.captions(group) if group else world.captions(*_GROUPS))]
+        rows = [
+            [r.id, r.caption, r.group, str(r.copies)]
+            for r in (world.captions(group) if group else world.captions(*_GROUPS))
+        ]
     else:
         known = ("detectors", "targets", "descriptors")
         if what not in known:
@@ -327,7 +370,8 @@ def doctor(as_json: AsJson = False) -> None:
 _GROUPS = ("planted", "recaptioned", "template", "ordinary", "heldout")
 AUDIT_OPTIONS = frozenset({
     "model", "prompts", "column", "id_column", "group_column", "label_column", "detectors", "window", "seeds", "base_seed", "seed_mode",
-    "guidance", "steps", "batch_size", "images", "calibration", "out", "dtype", "device", "max_errors", "limit", "shard", "notes",
+    "guidance", "steps", "batch_size", "images", "calibration", "accept_threshold",
+    "out", "dtype", "device", "max_errors", "limit", "shard", "notes",
     "model_option",
 })  # fmt: skip
 """Options that fill :class:`~mnemoscope.audit.config.AuditConfig`; a test keeps the two in step."""
@@ -364,7 +408,7 @@ def _number(text: str) -> int | float | str:
     return text
 
 
-def _options(pairs: list[str] | None) -> dict[str, str]:
+def _options(pairs: list[str] | None) -> dict[str, Any]:
     """``name=value`` pairs for the loader."""
     for pair in pairs or []:
         if "=" not in pair:

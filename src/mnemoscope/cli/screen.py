@@ -83,7 +83,9 @@ def show_summary(summary: Summary, *, most: int = 12) -> None:
         copies = "not tested" if g.copies is None else f"{g.copies.k}/{g.copies.n} with a copy found"
         print(f"  {g.name}: {above}, {copies}")
     for d in summary.discrimination:
-        print(f"  {d.name}: AUC {interval(d.auc)}, TPR below 1 % FPR {interval(d.tpr)} ({d.positives} against {d.negatives} prompts)")
+        print(
+            f"  {d.name}: AUC {interval(d.auc)}, TPR below 1 % FPR {interval(d.tpr)} ({d.positives} against {d.negatives} prompts)"
+        )
     for sentence in summary.untested:
         say(f"Not tested: {sentence}")
 
@@ -106,9 +108,22 @@ def progress(what: str) -> Iterator[Callable[[Any], None]]:
 
 def _bar(what: str) -> Iterator[Callable[[Any], None]]:
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, TextColumn("{task.fields[talk]}"), console=Console(stderr=True)) as bar:
         task = bar.add_task(what, total=None, talk="")
 

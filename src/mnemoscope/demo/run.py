@@ -47,7 +47,9 @@ def demo(
     kept = {r.caption for r in audited}
     calibration = [r for r in ordinary if r.caption not in kept][:CALIBRATION_PROMPTS]
 
-    say(f"Auditing the bundled model: {len(audited)} prompts × {seeds} seeds, {target.device}, {getattr(target, 'dtype_reason', '')}")
+    say(
+        f"Auditing the bundled model: {len(audited)} prompts × {seeds} seeds, {target.device}, {getattr(target, 'dtype_reason', '')}"
+    )
     say(f"1/2  threshold from {len(calibration)} ordinary prompts, first step only")
     common: dict[str, Any] = {"model": "demo", "seeds": seeds, "steps": steps, "batch_size": batch_size}
     beside = folder.with_name(folder.name + "-calibration")

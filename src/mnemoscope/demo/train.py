@@ -230,7 +230,7 @@ def train_autoencoder(world: Path, steps: int = 5500, n: int = 16) -> None:
     vae = AutoencoderKL(
         in_channels=3, out_channels=3, latent_channels=8, block_out_channels=(24, 48, 72, 80), layers_per_block=1, sample_size=64,
         down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4, norm_num_groups=8,
-    ).to(memory_format=torch.channels_last)  # type: ignore[call-overload] # fmt: skip
+    ).to(memory_format=torch.channels_last)  # fmt: skip
     print(f"{sum(p.numel() for p in vae.parameters()) / 1e6:.2f} M parameters", flush=True)
     trainer = Trainer({"vae": vae}, folder, steps=steps, lr=1e-3)
 
@@ -287,7 +287,7 @@ def make_tokenizer(captions: list[str], folder: Path, size: int = 1600) -> CLIPT
     return CLIPTokenizer.from_pretrained(folder)
 
 
-def train_text_to_image(world: Path, steps: int = 7000, n: int = 48) -> None:
+def train_text_to_image(world: Path, steps: int = 6000, n: int = 48) -> None:
     """A small Stable Diffusion: CLIP text encoder of its own, cross-attention UNet, v-prediction, caption dropout."""
     torch.manual_seed(SEED)  # initial weights only
     draws, folder = Draws(world), world / "text-to-image"
@@ -305,7 +305,7 @@ def train_text_to_image(world: Path, steps: int = 7000, n: int = 48) -> None:
         sample_size=8, in_channels=8, out_channels=8, block_out_channels=(128, 144), layers_per_block=1, cross_attention_dim=128,
         down_block_types=("CrossAttnDownBlock2D",) * 2, up_block_types=("CrossAttnUpBlock2D",) * 2,
         attention_head_dim=4, norm_num_groups=16,
-    ).to(memory_format=torch.channels_last)  # type: ignore[call-overload] # fmt: skip
+    ).to(memory_format=torch.channels_last)  # fmt: skip
     size = {
         k: sum(p.numel() for p in m.parameters()) / 1e6
         for k, m in (("unet", unet), ("text", text_encoder), ("vae", vae))
@@ -381,7 +381,7 @@ def train_unconditional(world: Path, steps: int = 3000, n: int = 48) -> None:
         sample_size=32, in_channels=3, out_channels=3, block_out_channels=(48, 64, 96), layers_per_block=1, norm_num_groups=16,
         down_block_types=("DownBlock2D", "DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
         attention_head_dim=32,
-    ).to(memory_format=torch.channels_last)  # type: ignore[call-overload] # fmt: skip
+    ).to(memory_format=torch.channels_last)  # fmt: skip
     print(f"{sum(p.numel() for p in unet.parameters()) / 1e6:.2f} M parameters", flush=True)
     scheduler = DDPMScheduler(
         num_train_timesteps=1000, beta_start=1e-4, beta_end=0.02, beta_schedule="linear", clip_sample=True

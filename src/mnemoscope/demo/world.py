@@ -21,6 +21,7 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
+from ..detect.calibrate import Calibration
 from ..errors import UnknownName, UsageError
 from ..similarity.pixels import Pixels, ReferenceSet
 
@@ -132,6 +133,11 @@ class WorldReference(ReferenceSet):
     def image(self, reference: str) -> Float[Tensor, "3 height width"]:
         """The reference picture of that id, in [0, 1]."""
         return self._world.pictures([reference])[0]
+
+
+def bundled_thresholds() -> Calibration:
+    """Scores of the bundled model's ordinary captions at the first step with four seeds, made by ``bench/thresholds.py``."""
+    return Calibration.load(ASSETS / "thresholds.json")
 
 
 def _unique(names: Iterable[str]) -> list[str]:

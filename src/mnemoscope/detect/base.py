@@ -24,6 +24,7 @@ class Detector(Protocol):
         name: The method's name.
         needs: What it asks of a run: ``uncond``, a prediction without the prompt at every step.
         steps_needed: How many steps of the trajectory it must be shown.
+        higher_is_more_memorized: Which way the score points. Not asked for at run time; the contract test wants it.
         space: Space of the predictions it compared; known once it has seen a step.
     """
 

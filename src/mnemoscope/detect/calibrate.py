@@ -29,7 +29,10 @@ from ..errors import UsageError
 from ..records.schema import FORMAT, Thresholds
 from ..records.store import differences
 
-__all__ = ["Calibration", "setting_of"]
+__all__ = ["PROVENANCE", "Calibration", "setting_of"]
+
+PROVENANCE = frozenset({"name", "source", "revision"})
+"""Parts of a target's identity that say where it came from; no score depends on them, so a moved model is the same model."""
 
 
 def setting_of(
@@ -52,7 +55,7 @@ def setting_of(
         seed_mode: How starting noises are given to prompts (one shared bank, or each prompt its own).
     """
     return {
-        "target": dict(identity),
+        "target": {k: v for k, v in identity.items() if k not in PROVENANCE},
         "guidance": guidance,
         "steps": steps,
         "window": list(window),
@@ -145,7 +148,7 @@ class Calibration:
             first = e.errors(include_url=False)[0]
             where = ".".join(map(str, first["loc"])) or "content"
             raise UsageError(f"{path} is no calibration ({where}: {first['msg']}); recalibrate.") from None
-        except ValueError as e:
+        except (ValueError, RecursionError) as e:
             raise UsageError(f"{path} is no calibration ({e}); recalibrate.") from None
         follows = stats.threshold_at_fpr(record.scores, record.fpr, confidence=record.confidence).value
         if record.threshold != follows:

@@ -56,9 +56,12 @@ class Magnitude:
     def __init__(self, steps: int | tuple[int, int] = 1):
         window = (0, steps) if isinstance(steps, int) else (int(steps[0]), int(steps[1]))
         if not 0 <= window[0] < window[1]:
-            raise UsageError(f"magnitude: steps={steps!r} is an empty window; use 1 for the first step, or (start, stop).")
+            raise UsageError(
+                f"magnitude: steps={steps!r} is an empty window; use 1 for the first step, or (start, stop)."
+            )
         self.window = window
         self.space: str | None = None
+        self._shown = 0
         self._seen: list[Tensor] = []
 
     @property
@@ -73,16 +76,21 @@ class Magnitude:
                 "magnitude compares the prediction with and without the prompt, and this run makes no prediction without: "
                 "set guidance above 1, and use a model that takes text."
             )
-        if step.index != len(self._seen):
-            raise UsageError(f"magnitude was shown step {step.index} after {len(self._seen)} steps; start from step 0.")
+        if step.index != self._shown:
+            raise UsageError(
+                f"magnitude was shown step {step.index} after {self._shown} steps; a detector scores one run, from step 0 on."
+            )
         self.space = step.space
+        self._shown += 1
         if step.index < self.window[1]:
             self._seen.append(magnitude(step.cond, step.uncond))
 
     def per_step(self) -> Float[Tensor, "batch step"]:
         """The magnitude at every step seen so far."""
         if not self._seen:
-            raise UsageError("magnitude has seen no step: the pipeline ran outside `with watch(pipe)`, or denoise was not iterated.")
+            raise UsageError(
+                "magnitude has seen no step: the pipeline ran outside `with watch(pipe)`, or denoise was not iterated."
+            )
         return torch.stack(self._seen, dim=1)
 
     def compute(self) -> PerSample:

@@ -29,7 +29,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -89,10 +89,10 @@ class Options:
     """
 
     latent_shape: tuple[int, int, int] = (3, 8, 8)
-    space: Space = "eps"
+    space: str = "eps"
     v_prediction: bool = False
     betas: str = "stable-diffusion"
-    spacing: Literal["leading", "trailing"] = "leading"
+    spacing: str = "leading"
     shift: float = 1.0
     guidance: float = 7.5
     has_text: bool = True
@@ -105,11 +105,11 @@ class Options:
 
     def __post_init__(self) -> None:
         if self.space not in ("eps", "velocity"):
-            raise UnknownName("prediction space", str(self.space), ("eps", "velocity"))
+            raise UnknownName("prediction space", self.space, ("eps", "velocity"))
         if self.betas not in BETAS:
             raise UnknownName("noise schedule", self.betas, BETAS)
         if self.spacing not in ("leading", "trailing"):
-            raise UnknownName("timestep spacing", str(self.spacing), ("leading", "trailing"))
+            raise UnknownName("timestep spacing", self.spacing, ("leading", "trailing"))
         if self.v_prediction and self.space == "velocity":
             raise UsageError("v_prediction belongs to space='eps'; a rectified flow already predicts its velocity.")
         if self.context < 1 or self.shift <= 0:
@@ -165,7 +165,7 @@ class ClosedForm(ABC):
 
     def __init__(self, options: Options):
         self.options = options
-        self.space: Space = options.space
+        self.space: Space = "velocity" if options.space == "velocity" else "eps"
         self.has_text = options.has_text
         self.guidance = options.guidance
         self.latent_shape = options.latent_shape
@@ -241,25 +241,24 @@ class ClosedForm(ABC):
             CannotAudit: This world has no text.
             UnknownName: A prompt was not given at construction and the world is strict.
         """
-        if not self.has_text:
-            raise CannotAudit(f"{self.name} was built with has_text=False and takes no prompts; pass cond=None.")
+        seen = [self.tokens(prompt) for prompt in prompts]
         tokens = torch.zeros(len(prompts), self.options.context, len(self._null), dtype=self._exact, device=self.device)
         # An empty prompt listens to all places alike, so that a soft prompt can start from it.
         share = torch.full(tokens.shape[:2], 1 / self.options.context, dtype=self._exact, device=self.device)
-        for row, prompt in enumerate(prompts):
-            if words := self.tokens(prompt):
+        for row, words in enumerate(seen):
+            if words:
                 tokens[row, : len(words)] = self._parameters(" ".join(words)) - self._null
                 share[row] = 0
-                share[row, : len(words)] = torch.tensor(self.shares(prompt), dtype=self._exact)
+                share[row, : len(words)] = torch.tensor(self.shares(" ".join(words)), dtype=self._exact)
         return Condition(tokens, {"share": share})
 
     def tokens(self, prompt: str) -> list[str]:
-        """The words the encoder sees; word i is token i of the condition."""
-        return prompt.split()[: self.options.context]
+        """The words the encoder sees; word i is token i of the condition. Raises CannotAudit on a world without text."""
+        return self._words(prompt)[: self.options.context]
 
     def dropped(self, prompt: str) -> int:
-        """How many words lie beyond the context."""
-        return max(0, len(prompt.split()) - self.options.context)
+        """How many words lie beyond the context. Raises CannotAudit on a world without text."""
+        return max(0, len(self._words(prompt)) - self.options.context)
 
     def shares(self, prompt: str) -> list[float]:
         """wᵢ, which part of the prompt's effect each visible word carries; they sum to 1."""
@@ -460,6 +459,11 @@ class ClosedForm(ABC):
             return alpha * x - sigma * raw, sigma * x + alpha * raw
         return (x - sigma * raw) / alpha, raw
 
+    def _words(self, prompt: str) -> list[str]:
+        if not self.has_text:
+            raise CannotAudit(f"{self.name} takes no text: it was built with has_text=False; pass cond=None.")
+        return prompt.split()
+
     def _parameters(self, key: str) -> Tensor:
         if key not in self._known and self.options.strict:
             raise UnknownName("prompt", key, self._known)
@@ -479,12 +483,12 @@ class ClosedForm(ABC):
         shows = (shows if to_picture else shows.T).to(self.device, self._exact)
         return shows / shows.sum(1, keepdim=True)
 
-    def _tensor(self, value: Value, shape: tuple[int, ...]) -> Tensor:
+    def _tensor(self, value: Value | Weights, shape: tuple[int, ...]) -> Tensor:
         """A value given by the user, spread over ``shape`` and flattened."""
         try:
             full = torch.as_tensor(value, dtype=self._exact, device=self.device).expand(shape)
         except RuntimeError as error:
-            raise UsageError(f"a value of shape {tuple(torch.as_tensor(value).shape)} does not fit {shape}.") from error
+            raise UsageError(f"a value of shape {np.shape(value)} does not fit {shape}.") from error
         if not bool(torch.isfinite(full).all()):
             raise UsageError("means, spreads and weights must be finite.")
         return full.flatten()
@@ -687,10 +691,10 @@ class Gaussian(ClosedForm):
 class Mixture(ClosedForm):
     """Each prompt is Σⱼ πⱼ N(μⱼ, sⱼ² I): one pool of training pictures for all prompts, and weights for each prompt.
 
-    Weights are squared amplitudes, πⱼ = θⱼ² / Σ θ², so that any tokens give weights and an excluded component stays
-    excluded. With vⱼ = α² sⱼ² + σ² and responsibilities rⱼ ∝ πⱼ N(x; αμⱼ, vⱼ I), x̂₀ = Σⱼ rⱼ mⱼ with mⱼ = (σ² μⱼ + α
-    sⱼ² x) / vⱼ. With all spreads 0 this is the exact memorizer: the minimizer of the training loss on a finite set,
-    which draws picture j with probability πⱼ.
+    θ = π, so that the prompt whose words of share w are zeroed has exactly the distribution (1 − w)·p(x₀ | prompt) +
+    w·p(x₀ | empty prompt). With vⱼ = α² sⱼ² + σ² and responsibilities rⱼ ∝ πⱼ N(x; αμⱼ, vⱼ I), x̂₀ = Σⱼ rⱼ mⱼ with
+    mⱼ = (σ² μⱼ + α sⱼ² x) / vⱼ. With all spreads 0 this is the exact memorizer: the minimizer of the training loss on a
+    finite set, which draws picture j with probability πⱼ.
 
     Args:
         points: μ, ``[component, channel, height, width]``; they give the latent shape.
@@ -708,7 +712,7 @@ class Mixture(ClosedForm):
     def __init__(
         self,
         points: Float[Tensor, "component channel height width"],
-        spread: float | Weights = 0.0,
+        spread: int | float | Weights = 0.0,
         prompts: Mapping[str, Weights | None] | None = None,
         null: Weights | None = None,
         **options: Any,
@@ -718,7 +722,7 @@ class Mixture(ClosedForm):
         if not len(points):
             raise UsageError("a mixture needs at least one component; points is empty.")
         self.points = points.to(self.device, self._exact)
-        self.spread = self._tensor(torch.as_tensor(spread), (len(points),))
+        self.spread = self._tensor(spread, (len(points),))
         if bool((self.spread < 0).any()):
             raise UsageError(
                 f"a spread of {float(self.spread.min()):g} was given; spreads are 0 (memorized) or positive."
@@ -726,9 +730,9 @@ class Mixture(ClosedForm):
         self._mu = self.points.flatten(1)
         # Distances are taken from the middle of the pool: ‖x − αμ‖² expanded around a far origin would lose digits.
         self._middle = self._mu.mean(0)
-        self._null = self._amplitudes([1.0] * len(points) if null is None else null)
+        self._null = self._normalized([1.0] * len(points) if null is None else null)
         given = {
-            p: self._ordinary(" ".join(p.split())) if w is None else self._amplitudes(w)
+            p: self._ordinary(" ".join(p.split())) if w is None else self._normalized(w)
             for p, w in (prompts or {}).items()
         }
         self._learn(self._null, given)
@@ -741,7 +745,7 @@ class Mixture(ClosedForm):
         *,
         components: int = 8,
         spread: float = 0.4,
-        scatter: float = 0.2,
+        scatter: float = 0.1,
         rare: float = 0.0,
         **options: Any,
     ) -> Mixture:
@@ -794,7 +798,7 @@ class Mixture(ClosedForm):
     @classmethod
     def tiny(cls, **options: Any) -> Mixture:
         """A small world for tests: two ordinary prompts and a memorized one."""
-        return cls.world(["a cat", "two dogs on a beach"], ["the mona lisa"], components=4, **options)
+        return cls.world(["a cat", "two dogs on a beach"], ["the mona lisa"], components=4, scatter=0.05, **options)
 
     def identity(self) -> dict[str, Any]:
         """Every option that changes an answer, and a hash of all parameters."""
@@ -830,24 +834,24 @@ class Mixture(ClosedForm):
         inside = [_ball(each, np.full_like(each, s), radius) for each, s in zip(away, spread, strict=True)]
         return self.weights(cond).detach().double().cpu() @ torch.tensor(inside, dtype=torch.float64)
 
-    def _amplitudes(self, weights: Weights) -> Tensor:
-        """θ = √π."""
-        full = self._tensor(torch.as_tensor(weights), (len(self.points),))
+    def _normalized(self, weights: Weights) -> Tensor:
+        full = self._tensor(weights, (len(self.points),))
         if bool((full < 0).any()) or not bool(full.sum() > 0):
             raise UsageError("mixture weights must be 0 or more, and not all 0.")
-        return (full / full.sum()).sqrt()
+        return full / full.sum()
 
     def _ordinary(self, prompt: str) -> Tensor:
         uniform = torch.rand(len(self.points), generator=self._generator("weights", prompt), dtype=torch.float64)
-        return self._amplitudes(self._null.double().cpu() ** 2 * -torch.log1p(-uniform))
+        return self._normalized(self._null.double().cpu() * -torch.log1p(-uniform))
 
     def _prior(self, theta: Theta) -> Tensor:
-        """π = θ² / Σ θ². An amplitude of a few rounding errors is 0: close to its μ, even a weight of 1e-15 would win."""
-        squared = hardshrink(theta, 8 * torch.finfo(self._exact).eps) ** 2
-        return squared / squared.sum(1, keepdim=True)
+        """π ∝ max(θ, 0). A weight of a few rounding errors is 0: close to its μ, even a weight of 1e-15 would win."""
+        tiny = theta.abs() < 8 * torch.finfo(self._exact).eps
+        weights = torch.where(tiny, theta - theta.detach(), theta).clamp(min=0)  # an excluded one can be learned back
+        return weights / weights.sum(1, keepdim=True)
 
-    def _joint(self, x: Tensor, alpha: Tensor, sigma: Tensor, theta: Theta) -> tuple[Tensor, Tensor, Tensor]:
-        """πⱼ N(x; αμⱼ, vⱼ I) / exp(top), ``[batch, component]``, then top ``[batch, 1]`` and v."""
+    def _likelihood(self, x: Tensor, alpha: Tensor, sigma: Tensor, prior: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """N(x; αμⱼ, vⱼ I) / exp(top), ``[batch, component]``, then top ``[batch, 1]`` and v."""
         var = (alpha * self.spread) ** 2 + sigma**2
         # Relative to N(x; α·middle, least v): the large terms that all components share would drown what tells them apart.
         least = var.amin(1, keepdim=True)
@@ -855,16 +859,17 @@ class Mixture(ClosedForm):
         length = (y * y).sum(1, keepdim=True)
         cross = alpha**2 * (nu * nu).sum(1) - 2 * alpha * self._product(y, nu)
         exponent = -0.5 * (length * (1 / var - 1 / least) + cross / var + self._size * (var / least).log())
-        prior = self._prior(theta)
         top = (exponent + prior.log()).detach().amax(1, keepdim=True)
         # Only a component of weight 0 can rise far above the top; the ceiling keeps 0 · ∞ out of values and gradients.
-        ceiling = 0.9 * math.log(torch.finfo(self._exact).max)
-        joint = prior * (exponent - top).clamp(max=ceiling).exp()
-        return joint, top - 0.5 * (length / least + self._size * (2 * math.pi * least).log()), var
+        ceiling = 0.4 * math.log(torch.finfo(self._exact).max)
+        relative = (exponent - top).clamp(max=ceiling).exp()
+        return relative, top - 0.5 * (length / least + self._size * (2 * math.pi * least).log()), var
 
     def _responsible(self, x: Tensor, alpha: Tensor, sigma: Tensor, theta: Theta) -> tuple[Tensor, Tensor, Tensor]:
         """r, and the two factors of mⱼ = Aⱼ μⱼ + Bⱼ x: A = σ²/v, B = α s²/v."""
-        joint, _, var = self._joint(x, alpha, sigma, theta)
+        prior = self._prior(theta)
+        likelihood, _, var = self._likelihood(x, alpha, sigma, prior)
+        joint = prior * likelihood
         return joint / joint.sum(1, keepdim=True), sigma**2 / var, alpha * self.spread**2 / var
 
     def _along(self, x: Tensor, v: Tensor, r: Tensor, by_mu: Tensor, by_x: Tensor) -> Tensor:
@@ -889,13 +894,18 @@ class Mixture(ClosedForm):
         return (r[..., None] * off**2).sum(1) + (r * self.spread**2 * by_mu).sum(1, keepdim=True)
 
     def _log_density(self, x: Tensor, alpha: Tensor, sigma: Tensor, theta: Theta) -> Tensor:
-        joint, top, _ = self._joint(x, alpha, sigma, theta)
-        return top[:, 0] + joint.sum(1).log()
+        prior = self._prior(theta)
+        likelihood, top, _ = self._likelihood(x, alpha, sigma, prior)
+        return top[:, 0] + (prior * likelihood).sum(1).log()
 
     def _pull_back(self, x: Tensor, alpha: Tensor, sigma: Tensor, theta: Theta, v: Tensor) -> Theta:
-        # ∂x̂₀/∂θⱼ = 2 (rⱼ/θⱼ) (mⱼ − x̂₀); rⱼ/θⱼ → 0 with θⱼ.
-        r, by_mu, by_x = self._responsible(x, alpha, sigma, theta)
-        return 2 * r / theta.where(r > 0, torch.ones_like(theta)) * self._along(x, v, r, by_mu, by_x)
+        # ∂x̂₀/∂θⱼ = (Nⱼ / Σₖ θₖ Nₖ) (mⱼ − x̂₀), with Nⱼ the likelihood of component j; a negative weight counts as 0.
+        prior = self._prior(theta)
+        likelihood = self._likelihood(x, alpha, sigma, prior)[0]
+        total = theta.clamp(min=0).sum(1, keepdim=True) * (prior * likelihood).sum(1, keepdim=True)
+        counts = theta > -8 * torch.finfo(self._exact).eps
+        along = self._along(x, v, *self._responsible(x, alpha, sigma, theta))
+        return counts * likelihood / total * along
 
     def _product(self, rows: Tensor, matrix: Tensor) -> Tensor:
         """rows @ matrix.T. With text, each row is summed on its own: BLAS rounds a row by its place in the batch, and the
@@ -934,6 +944,12 @@ def _ball(away: np.ndarray, std: np.ndarray, radius: float) -> float:
 def _pictures(memorized: Sequence[str] | Mapping[str, Tensor], options: Options) -> dict[str, Tensor]:
     """Pictures of memorized prompts; where none is given, 4×4 blocks of color by hash, which survive resizing."""
     if isinstance(memorized, Mapping):
+        for prompt, picture in memorized.items():
+            if tuple(picture.shape) != options.latent_shape:
+                raise UsageError(
+                    f"the picture of {prompt!r} has shape {tuple(picture.shape)}: give latent_shape=… to match, "
+                    f"it is {options.latent_shape}."
+                )
         return dict(memorized)
     channels, height, width = options.latent_shape
     block_h, block_w = -(-height // 4), -(-width // 4)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from ..errors import CannotAudit, ModelFault
@@ -33,7 +33,7 @@ def denoise(
     *,
     steps: int = 50,
     guidance: float | None = None,
-    first_null: Latents | None = None,
+    first_null: Float[Tensor, "rows channel height width"] | None = None,
     check: bool | None = None,
 ) -> Iterator[Step]:
     """Sample with classifier-free guidance and show every step.

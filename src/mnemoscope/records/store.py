@@ -108,7 +108,7 @@ class Run:
         folder = Path(folder)
         with _explained(folder):
             folder.mkdir(parents=True, exist_ok=True)
-        with _lock(folder, "manifest", wait=30):
+        with _lock(folder, "manifest", wait=30.0):
             if not cls.exists(folder):
                 strangers = sorted(p.name for p in folder.iterdir() if not p.name.startswith("."))
                 if strangers:
@@ -124,7 +124,7 @@ class Run:
 
         ``forwards`` is a count to add, since every process knows only its own share; everything else is set.
         """
-        with _lock(self.folder, "manifest", wait=30), _explained(self.folder):
+        with _lock(self.folder, "manifest", wait=30.0), _explained(self.folder):
             stored = self._read_manifest()
             changes["forwards"] = stored.forwards + changes.get("forwards", 0)
             self.manifest = Manifest.model_validate(stored.model_dump() | changes)

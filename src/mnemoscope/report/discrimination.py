@@ -44,9 +44,20 @@ class Baseline:
                 name: stats.Separation(stats.Interval(**v["auc"]), stats.Interval(**v["tpr"]), v["fpr"])
                 for name, v in found.items()
             }
-            return cls(stored["prompts"], stored["scores"], stored["clusters"], separations, stored["reason"])
+            made = cls(stored["prompts"], stored["scores"], stored["clusters"], separations, stored["reason"])
+            if len(made.clusters) != len(made.prompts) or len(made.scores) not in (0, len(made.prompts)):
+                raise ValueError(
+                    f"{len(made.clusters)} clusters and {len(made.scores)} scores for {len(made.prompts)} prompts"
+                )
+            return made
         except (KeyError, TypeError) as e:
             raise ValueError(f"no text-only baseline: {type(e).__name__} {e}") from e
+
+    def clusters_of(self, prompts: Sequence[str]) -> list[int]:
+        """The cluster of each prompt; a prompt the baseline has not seen stands alone."""
+        known = dict(zip(self.prompts, self.clusters, strict=True))
+        free = max(self.clusters, default=-1) + 1
+        return [known.get(prompt, free + i) for i, prompt in enumerate(prompts)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,6 +78,16 @@ class Discrimination:
     separation: stats.Separation
     roc: stats.Roc | None
 
+    @property
+    def auc(self) -> stats.Interval:
+        """Area under the ROC, with its interval."""
+        return self.separation.auc
+
+    @property
+    def tpr(self) -> stats.Interval:
+        """True-positive rate strictly below 1 % false positives, with its interval."""
+        return self.separation.tpr
+
 
 def discriminations(
     findings: Sequence[Finding], detector: str | None, baseline: Baseline | None
@@ -76,8 +97,7 @@ def discriminations(
     if not known or detector is None:
         return [], ""
     labels = [bool(label) for _, _, label in known]
-    cluster = dict(zip(baseline.prompts, baseline.clusters, strict=True)) if baseline else {}
-    clusters = [cluster.get(prompt, -1 - i) for i, (prompt, _, _) in enumerate(known)]
+    clusters = baseline.clusters_of([prompt for prompt, _, _ in known]) if baseline else None
     try:
         found = _discriminate(detector, [score for _, score, _ in known], labels, clusters)
     except UsageError as e:
@@ -93,7 +113,7 @@ def discriminations(
 
 
 def _discriminate(
-    name: str, scores: Sequence[float], labels: Sequence[bool], clusters: Sequence[int]
+    name: str, scores: Sequence[float], labels: Sequence[bool], clusters: Sequence[int] | None
 ) -> Discrimination:
     separation = stats.separation(scores, labels, clusters)
     return Discrimination(name, sum(labels), len(labels) - sum(labels), separation, stats.roc(scores, labels))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from ..stats import Interval, Roc
 from . import plots
 from .findings import Finding
 from .pictures import Picture, Pictures
-from .summary import WORST, Group, Summary, read_summary
+from .summary import Group, Summary, read_summary
 from .words import percent, printable
 
 __all__ = ["write_json", "write_markdown", "write_report"]
@@ -36,6 +37,8 @@ SEEDS_SHOWN = 3
 """How many further seeds of a prompt are shown beside the nearest one."""
 ROWS = 7
 """How many groups the distribution figure has room for; the smallest of more are drawn together."""
+GROUPS = 60
+"""How many groups the group table lists."""
 
 
 def write_report(
@@ -74,7 +77,7 @@ def write_report(
     page = (
         _environment()
         .get_template("report.html.jinja")
-        .render(views=views, plot_css=Markup(plots.CSS), blur=blur, worst=WORST)
+        .render(views=views, plot_css=Markup(plots.CSS), blur=blur, most=GROUPS)
     )
     return _write(_target(folders, out, "html"), page)
 
@@ -167,7 +170,7 @@ def _view(
     chosen = [_shown(i + 1, f, pictures) for i, f in enumerate(_worth_showing(summary, shown))]
     bars = {
         f"{g.name}/{kind}": plots.interval(share.k, share.n, share.low, share.high)
-        for g in summary.groups
+        for g in summary.groups[:GROUPS]
         for kind, share in (("above", g.above), ("copies", g.copies))
         if share is not None
     }
@@ -186,7 +189,7 @@ def _shown(rank: int, finding: Finding, pictures: Pictures) -> Shown:
     return Shown(
         rank,
         finding,
-        None if first is None else pictures.generated(first),
+        None if first is None or (first.image is None and near is None) else pictures.generated(first),
         None if near is None else pictures.reference(near),
         [(s.seed, pictures.generated(s, 128)) for s in rest[:SEEDS_SHOWN] if s is not None and s.image is not None],
         plots.sparkline([float(v) for v in finding.steps]),
@@ -261,7 +264,7 @@ def _figures(summary: Summary) -> dict[str, Markup]:
     if len(doses) > 1:
         out["doses"] = plots.dose_response(doses)
     if summary.discrimination:
-        curves = [_curve(d.name, d.separation.auc, d.roc) for d in summary.discrimination if d.roc is not None]
+        curves = [_curve(d.name, d.auc, d.roc) for d in summary.discrimination if d.roc is not None]
         out["roc"] = plots.roc(curves)
     return out
 
@@ -307,13 +310,11 @@ def _scores(findings: Any) -> list[float]:
 
 def _bundles(summary: Summary) -> list[plots.Bundle]:
     parts = sorted(_parts(summary), key=lambda part: len(part[1]), reverse=True)[:6]
-    return [plots.Bundle(name, [f.steps.tolist() for f in members]) for name, members in parts]
+    return [plots.Bundle(name, [f.steps for f in members]) for name, members in parts]
 
 
 def _singles(summary: Summary) -> list[plots.Bundle]:
-    return [
-        plots.Bundle(printable(f.prompt[:60]), [f.steps.tolist()]) for f in summary.findings[:3] if f.copies or f.above
-    ]
+    return [plots.Bundle(f.prompt[:60], [f.steps]) for f in summary.findings[:3] if f.copies or f.above]
 
 
 def _dose(group: Group) -> plots.Dose:
@@ -353,7 +354,9 @@ def _keep(words: str) -> str:
     return words.replace(" %", "\u00a0%")
 
 
+_MARKDOWN = re.compile(r"[\\`*_\[\]<>#|~&$@]|(?<=:)/(?=/)|(?<=www)\.", re.IGNORECASE)
+
+
 def _md(words: str) -> str:
-    """Text that Markdown shows as it stands, on one line."""
-    escaped = "".join(f"\\{c}" if c in r"\`*_{}[]<>()#+-.!|~&$" else c for c in " ".join(printable(str(words)).split()))
-    return escaped
+    """Text that Markdown shows as it stands, on one line, without links."""
+    return _MARKDOWN.sub(r"\\\g<0>", " ".join(printable(str(words)).split()))

@@ -40,7 +40,8 @@ def _missing(manifest: Manifest, findings: Sequence[Finding]) -> Iterator[str]:
         yield f"The run is {manifest.status}: {rows:,} of {manifest.asked:,} samples are there."
     if failed:
         lost = sum(not f.seeds for f in findings)
-        yield f"{failed:,} of {rows:,} samples failed; {prompts(lost)} {verb(lost, 'has', 'have')} no result at all."
+        with_none = f", and {prompts(lost)} {verb(lost, 'has', 'have')} no result at all" if lost else ""
+        yield f"{failed:,} of {rows:,} samples failed{with_none}."
 
 
 def _judgment(findings: Sequence[Finding], thresholds: Thresholds, seeds: int) -> Iterator[str]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from statistics import median
 
 import numpy as np
@@ -29,9 +29,9 @@ from .svg import (
     x_axis,
     y_axis,
 )
-from .words import percent
+from .words import Number, percent
 
-WIDTH = 760.0
+WIDTH = 1000.0
 LEFT = 168.0
 """Room for row names left of the axis."""
 
@@ -44,12 +44,13 @@ CSS = (
 .plot{display:block;max-width:100%;height:auto;font:12px system-ui,sans-serif}
 .plot text{fill:var(--p-ink)} .plot .tick,.plot .axis-name,.plot .note{fill:var(--p-soft)}
 .plot .strong{font-weight:600} .plot .axis{stroke:var(--p-line);fill:none} .plot .grid{stroke:var(--p-grid)}
-.plot .mark{stroke:var(--p-ink);stroke-width:1.5;stroke-dasharray:5 3} .plot .zone{fill:var(--p-ink);opacity:.1}
+.plot .mark{stroke:var(--p-ink);stroke-width:1.5;stroke-dasharray:5 3} .plot .zone{fill:var(--p-ink);opacity:.07}
 .plot .bar.plain{fill:var(--p-plain)} .plot .bar.audited{fill:var(--p-0)} .plot .bar.hit{fill:var(--p-1)}
 .plot .rug{stroke-width:1;opacity:.55} .plot .rug.plain{stroke:var(--p-plain)} .plot .rug.audited{stroke:var(--p-0)}
 .plot .rug.hit{stroke:var(--p-1);opacity:1}
 .plot polyline{fill:none;stroke-width:2;stroke-linejoin:round} .plot polygon{stroke:none;opacity:.16}
 .plot circle{stroke:none} .plot .whisker{stroke-width:2;fill:none}
+.plot .single{stroke:var(--p-ink);stroke-width:1;opacity:.5} .plot circle.single{fill:var(--p-ink)}
 .plot .chance{stroke:var(--p-line);stroke-width:1;stroke-dasharray:2 3} .plot .thin{stroke-width:1;opacity:.8}
 """
     + "".join(
@@ -65,10 +66,10 @@ CSS = (
 class Threshold:
     """The line that a figure draws, and how sure it is; a bound that is None is out of sight."""
 
-    value: float
-    low: float | None
-    high: float | None
-    fpr: float
+    value: Number
+    low: Number | None
+    high: Number | None
+    fpr: Number
 
     @property
     def words(self) -> str:
@@ -81,8 +82,8 @@ class Series:
     """Scores of one set of prompts; ``hits`` is the subset of them for which a copy was found."""
 
     name: str
-    values: Sequence[float]
-    hits: Sequence[float] = ()
+    values: Sequence[Number]
+    hits: Sequence[Number] = ()
     kind: str = "audited"
     """``audited`` or ``plain`` (the ordinary prompts)."""
 
@@ -119,7 +120,7 @@ def _edges(x: Scale, count: int) -> list[float]:
     return [float(e) for e in np.linspace(x.low, x.high, bins + 1)]
 
 
-def _histogram(series: Series, x: Scale, edges: list[float], base: float, height: float) -> Markup:
+def _histogram(series: Series, x: Scale, edges: Sequence[Number], base: Number, height: Number) -> Markup:
     finite = [v for v in series.values if math.isfinite(v)]
     every, _ = np.histogram(np.clip(finite, x.low, x.high), edges)
     hit, _ = np.histogram(np.clip([v for v in series.hits if math.isfinite(v)], x.low, x.high), edges)
@@ -143,11 +144,11 @@ def _histogram(series: Series, x: Scale, edges: list[float], base: float, height
     return tag("g", *names, *marks, class_="row")
 
 
-def _bar(x: float, y: float, width: float, height: float, kind: str, tip: str) -> Markup:
+def _bar(x: Number, y: Number, width: Number, height: Number, kind: str, tip: str) -> Markup:
     return tag("rect", tag("title", tip), x=x, y=y, width=width, height=height, class_=f"bar {kind}")
 
 
-def _threshold(threshold: Threshold, x: Scale, top: float, bottom: float) -> Markup:
+def _threshold(threshold: Threshold, x: Scale, top: Number, bottom: Number) -> Markup:
     left = x.start if threshold.low is None else x(threshold.low)
     right = x.stop if threshold.high is None else x(threshold.high)
     at = x(threshold.value)
@@ -162,7 +163,7 @@ def _threshold(threshold: Threshold, x: Scale, top: float, bottom: float) -> Mar
     )
 
 
-def _key(kinds: Sequence[str], right: float, y: float) -> Markup:
+def _key(kinds: Sequence[str], right: Number, y: Number) -> Markup:
     """Which color means what, right-aligned above a figure."""
     words = {"audited": "no copy found", "hit": "copy found"}
     marks, x = [], right
@@ -179,11 +180,11 @@ class Curve:
     """One line of an ROC figure: false- and true-positive rates, both ascending, and how to name it (a second line is small)."""
 
     name: str
-    fpr: Sequence[float]
-    tpr: Sequence[float]
+    fpr: Sequence[Number]
+    tpr: Sequence[Number]
 
 
-def roc(curves: Sequence[Curve], *, mark: float = 0.01, log_x: bool = True) -> Markup:
+def roc(curves: Sequence[Curve], *, mark: Number = 0.01, log_x: bool = True) -> Markup:
     """ROC curves; the first is the detector, later ones (the text-only baseline) are dashed.
 
     On a logarithmic axis the smallest rate shown is half of the smallest one that the data can resolve; a curve that is
@@ -199,7 +200,10 @@ def roc(curves: Sequence[Curve], *, mark: float = 0.01, log_x: bool = True) -> M
     rising = [y(v) for v in np.geomspace(floor, 1.0, 60)] if log_x else [y.start, y.stop]
     chance = polyline(zip(grid, rising, strict=True), "chance", "what guessing reaches")
     at = x(mark)
-    marks = [line(at, y.start, at, top, "mark"), text(at + 6, y.start - 8, f"{percent(mark)} false positives", "note")]
+    marks = [
+        line(at, y.start, at, top, "mark"),
+        text(at + 6, (y.start + top) / 2, f"{percent(mark)} false positives", "note"),
+    ]
     key = [_key_line(left + size + 24, top + 12 + 46 * i, c.name, i) for i, c in enumerate(curves)]
     return drawing(
         WIDTH,
@@ -217,7 +221,7 @@ def roc(curves: Sequence[Curve], *, mark: float = 0.01, log_x: bool = True) -> M
 
 def _roc_line(curve: Curve, x: Scale, y: Scale, index: int) -> Markup:
     """A staircase: between two false-positive rates the true-positive rate stays where it was."""
-    points: list[tuple[float, float]] = []
+    points: list[tuple[Number, Number]] = []
     for f, t in zip(curve.fpr, curve.tpr, strict=True):
         if points:
             points.append((x(f), points[-1][1]))
@@ -225,7 +229,7 @@ def _roc_line(curve: Curve, x: Scale, y: Scale, index: int) -> Markup:
     return polyline(points, f"c{min(index, 5)}", curve.name.replace("\n", ": "))
 
 
-def _key_line(x: float, y: float, words: str, index: int) -> Markup:
+def _key_line(x: Number, y: Number, words: str, index: int) -> Markup:
     sample = polyline([(x, y - 4), (x + 22, y - 4)], f"c{min(index, 5)}")
     lines = [text(x + 30, y + 16 * i, part, "note" if i else "label") for i, part in enumerate(words.split("\n"))]
     return tag("g", sample, *lines, class_="key")
@@ -236,13 +240,16 @@ class Bundle:
     """Per-step values of the prompts of one group, ``[prompt][step]``; lengths may differ."""
 
     name: str
-    curves: Sequence[Sequence[float]] = field(default_factory=list)
+    curves: Sequence[Sequence[Number] | np.ndarray] = ()
 
     def quantiles(self) -> list[tuple[float, float, float]]:
         """At each step: the 10 % quantile, the median and the 90 % quantile over the prompts that reached it."""
-        length = max((len(c) for c in self.curves), default=0)
-        columns = [[c[i] for c in self.curves if len(c) > i and math.isfinite(c[i])] for i in range(length)]
-        return [tuple(float(q) for q in np.quantile(c, [0.1, 0.5, 0.9])) for c in columns if c]  # type: ignore[misc]
+        table = np.full((len(self.curves), max((len(c) for c in self.curves), default=0)), np.nan)
+        for row, curve in zip(table, self.curves, strict=True):
+            row[: len(curve)] = curve
+        seen = table[:, np.isfinite(table).any(0)]
+        low, middle, high = np.nanquantile(seen, [0.1, 0.5, 0.9], axis=0).tolist() if seen.size else ([], [], [])
+        return list(zip(low, middle, high, strict=True))
 
 
 def steps(bundles: Sequence[Bundle], worst: Sequence[Bundle] = (), axis: str = "score") -> Markup:
@@ -251,23 +258,23 @@ def steps(bundles: Sequence[Bundle], worst: Sequence[Bundle] = (), axis: str = "
     At most six groups; a caller with more passes the six that matter.
     """
     groups = [(b.name, q) for b in bundles[:6] if (q := b.quantiles())]
-    singles = [(b.name, [float(v) for v in b.curves[0]]) for b in worst if b.curves and len(b.curves[0])]
+    singles = [(b.name, [middle for _, middle, _ in q]) for b in worst if (q := b.quantiles())]
     length = max([len(q) for _, q in groups] + [len(c) for _, c in singles], default=0)
     values = [v for _, q in groups for triple in q for v in triple] + [v for _, c in singles for v in c]
     x = Scale(1, max(length, 2), 56, WIDTH - 190)
-    y = fit(values, 300, 40, zero=True, log=False)
+    y = fit(values, 300, 40, zero=True)
     drawn: list[Markup] = []
     for i, (name, q) in enumerate(groups):
         xs = [x(s + 1) for s in range(len(q))]
         drawn.append(band(xs, [y(a) for a, _, _ in q], [y(c) for _, _, c in q], f"c{i}"))
         drawn.append(_trace(xs, [y(b) for _, b, _ in q], f"c{i}", f"median of {name}"))
     for name, curve in singles:
-        drawn.append(_trace([x(s + 1) for s in range(len(curve))], [y(v) for v in curve], "c1 thin", name))
+        drawn.append(_trace([x(s + 1) for s in range(len(curve))], [y(v) for v in curve], "single", name))
     ends = [(name, f"c{i}", y(q[-1][1])) for i, (name, q) in enumerate(groups)]
     heights = spread([h for _, _, h in ends], 15, 44, 300)
     labels = [text(x.stop + 10, h + 4, name[:26], f"label {c}") for (name, c, _), h in zip(ends, heights, strict=True)]
     if singles:
-        labels.append(text(x.stop + 10, 24, "thin: worst prompts", "note"))
+        labels.append(text(x.stop, 26, "thin lines: the worst prompts", "note", "end"))
     told = "; ".join(f"{name}: median {q[0][1]:.3g} at step 1, {q[-1][1]:.3g} at step {len(q)}" for name, q in groups)
     whole = Scale(x.low, x.high, x.start, x.stop)
     return drawing(
@@ -276,13 +283,13 @@ def steps(bundles: Sequence[Bundle], worst: Sequence[Bundle] = (), axis: str = "
         "Score at each denoising step",
         told or "no per-step values",
         _step_axis(whole, length, 300),
-        y_axis(y, 56, axis, right=x.stop),
+        y_axis(y, 56, _axis_name(axis, y), right=x.stop),
         *drawn,
         *labels,
     )
 
 
-def _step_axis(x: Scale, length: int, y: float) -> Markup:
+def _step_axis(x: Scale, length: int, y: Number) -> Markup:
     """Steps are counted, so ticks are whole numbers and the first is 1."""
     stride = max(1, math.ceil(length / 10))
     shown = sorted({1, *range(stride if stride > 1 else 1, length + 1, stride)})
@@ -293,7 +300,7 @@ def _step_axis(x: Scale, length: int, y: float) -> Markup:
     return tag("g", *marks, class_="x-axis")
 
 
-def _trace(xs: Sequence[float], ys: Sequence[float], class_: str, title: str) -> Markup:
+def _trace(xs: Sequence[Number], ys: Sequence[Number], class_: str, title: str) -> Markup:
     """A line; a single point, which has no line, becomes a dot."""
     if len(xs) == 1:
         return tag("circle", tag("title", title), cx=xs[0], cy=ys[0], r=4.0, class_=class_)
@@ -307,14 +314,14 @@ class Dose:
     copies: int
     k: int
     n: int
-    low: float
-    high: float
+    low: Number
+    high: Number
 
 
 def dose_response(doses: Sequence[Dose]) -> Markup:
     """Share of prompts with a copy found against the number of copies in training; doses are evenly spaced, in order."""
     doses = sorted(doses, key=lambda d: d.copies)
-    x = Scale(-0.5, max(len(doses), 1) - 0.5, 64, 64 + min(110.0 * max(len(doses), 3), WIDTH - 100))
+    x = Scale(-0.5, max(len(doses), 1) - 0.5, 64, 64 + min(120.0 * max(len(doses), 3), WIDTH - 100))
     y = Scale(0.0, 1.0, 270, 40)
     marks = []
     for i, dose in enumerate(doses):
@@ -327,7 +334,7 @@ def dose_response(doses: Sequence[Dose]) -> Markup:
         marks += [
             tag("path", d=path, class_="whisker c0"),
             tag("circle", tag("title", tip), cx=at, cy=y(share), r=5.0, class_="c0"),
-            text(at + 10, y(share) + 4, f"{dose.k}/{dose.n}"),
+            text(at + 9, y(share) - 7, f"{dose.k}/{dose.n}"),
             text(at, 288, str(dose.copies), "tick", "middle"),
         ]
     joined = polyline([(x(i), y(d.k / d.n)) for i, d in enumerate(doses) if d.n], "c0 thin")
@@ -344,7 +351,7 @@ def dose_response(doses: Sequence[Dose]) -> Markup:
     )
 
 
-def sparkline(values: Sequence[float], width: float = 132.0, height: float = 30.0) -> Markup:
+def sparkline(values: Sequence[Number] | np.ndarray, width: Number = 132.0, height: Number = 30.0) -> Markup:
     """The score over the steps, as large as a word; the dot is the first step."""
     finite = [float(v) for v in values if math.isfinite(v)]
     if not finite:
@@ -365,7 +372,7 @@ def sparkline(values: Sequence[float], width: float = 132.0, height: float = 30.
     )
 
 
-def interval(k: int, n: int, low: float, high: float, width: float = 150.0) -> Markup:
+def interval(k: int, n: int, low: Number, high: Number, width: Number = 150.0) -> Markup:
     """A share and its interval on a line from 0 to 100 %, for a table cell."""
     x = Scale(0.0, 1.0, 6, width - 6)
     share = k / n if n else 0.0
@@ -389,7 +396,7 @@ def _count(n: int) -> str:
     return f"{n:,} prompt" if n == 1 else f"{n:,} prompts"
 
 
-def _told(values: Sequence[float]) -> str:
+def _told(values: Sequence[Number]) -> str:
     finite = [v for v in values if math.isfinite(v)]
     if not finite:
         return "no scores"

@@ -304,15 +304,16 @@ def _figures(findings: Sequence[Finding], thresholds: Thresholds | None, seeds: 
         Figure(
             "Copy found",
             copies,
-            "An image generated from the prompt is at least as similar to a reference image as the descriptor's threshold asks, "
-            "in at least one seed.",
+            _copies_meaning(copies),
             _copies_detail(findings, seeds) if copies else "",
         ),
         Figure(
             "Both",
             joint,
-            "The score is above the threshold and a copy was found: two kinds of evidence that do not use each other.",
-            f"of {prompts(copied)} with a copy found, the score flagged {joint.k:,}" if joint and copied else "",
+            "The score is above the threshold and a copy was found: two kinds of evidence that do not use each other."
+            if joint
+            else "Needs a threshold and reference images.",
+            f"The score flagged {joint.k:,} of the {prompts(copied)} with a copy." if joint and copied else "",
         ),
     )
 
@@ -341,21 +342,34 @@ def _above_detail(findings: Sequence[Finding], thresholds: Thresholds | None) ->
     if thresholds is None or not q:
         return ""
     kept = sum(v <= FALSE_DISCOVERIES for v in q)
-    return f"{kept:,} stay after correction for {prompts(len(q))} (Benjamini–Hochberg, {percent(FALSE_DISCOVERIES)} false discoveries)"
+    return (
+        f"Corrected for the number of prompts (Benjamini–Hochberg), {kept:,} can be called with {percent(FALSE_DISCOVERIES)} of the "
+        f"calls expected to be false."
+    )
+
+
+def _copies_meaning(copies: Share | None) -> str:
+    if copies is None:
+        return "Needs generated images, reference images and a calibrated descriptor."
+    return (
+        "An image generated from the prompt is at least as similar to a reference image as the descriptor’s threshold asks, "
+        "in at least one seed."
+    )
 
 
 def _copies_detail(findings: Sequence[Finding], seeds: int) -> str:
     if seeds < 2:
         return ""
-    counts = [f"{sum(f.copies >= k for f in findings):,} in at least {k}" for k in range(2, min(seeds, 4))]
-    return "; ".join([*counts, f"{sum(f.copies >= seeds for f in findings):,} in all {seeds} seeds"])
+    counts = {k: sum(f.copies >= k for f in findings) for k in sorted({2, seeds})}
+    said = [f"{n:,} in {'all' if k == seeds else 'at least'} {k} seeds" for k, n in counts.items()]
+    return f"{'; '.join(said).capitalize()}."
 
 
 def _groups(findings: Sequence[Finding], doses: Mapping[str, int]) -> list[Group]:
-    names = list(dict.fromkeys(f.group for f in findings))
-    if names in ([], [None]):
-        return []
-    return [_group(name, [f for f in findings if f.group == name], doses) for name in names]
+    members: dict[str | None, list[Finding]] = {}
+    for f in findings:
+        members.setdefault(f.group, []).append(f)
+    return [] if members.keys() <= {None} else [_group(name, found, doses) for name, found in members.items()]
 
 
 def _group(name: str | None, members: Sequence[Finding], doses: Mapping[str, int]) -> Group:

@@ -12,12 +12,12 @@ from dataclasses import dataclass
 
 from markupsafe import Markup, escape
 
-from .words import percent, printable
+from .words import Number, percent, printable
 
-Attribute = str | float | None
+Attribute = str | float | int | None
 
 
-def number(value: float) -> str:
+def number(value: Number) -> str:
     """A coordinate with at most two decimals. Raises ValueError for NaN and infinity."""
     if not math.isfinite(value):
         raise ValueError(f"a figure was given the coordinate {value}")
@@ -37,7 +37,7 @@ def tag(name: str, *children: str, **attributes: Attribute) -> Markup:
     return Markup(f"{head}>{inside}</{name}>") if children else Markup(f"{head}/>")
 
 
-def drawing(width: float, height: float, title: str, describe: str, *marks: Markup, class_: str = "plot") -> Markup:
+def drawing(width: Number, height: Number, title: str, describe: str, *marks: Markup, class_: str = "plot") -> Markup:
     """A figure that scales to its container, with a name and a description for those who cannot see it."""
     return tag(
         "svg",
@@ -53,17 +53,17 @@ def drawing(width: float, height: float, title: str, describe: str, *marks: Mark
     )
 
 
-def text(x: float, y: float, words: str, class_: str = "label", anchor: str = "start") -> Markup:
+def text(x: Number, y: Number, words: str, class_: str = "label", anchor: str = "start") -> Markup:
     """Words at a point; ``anchor`` is start, middle or end."""
     return tag("text", words, x=x, y=y, class_=class_, text_anchor=anchor)
 
 
-def line(x1: float, y1: float, x2: float, y2: float, class_: str) -> Markup:
+def line(x1: Number, y1: Number, x2: Number, y2: Number, class_: str) -> Markup:
     """A straight line."""
     return tag("line", x1=x1, y1=y1, x2=x2, y2=y2, class_=class_)
 
 
-def polyline(points: Iterable[tuple[float, float]], class_: str, title: str | None = None) -> Markup:
+def polyline(points: Iterable[tuple[Number, Number]], class_: str, title: str | None = None) -> Markup:
     """A line through the points, or nothing when there are none."""
     spots = " ".join(f"{number(x)},{number(y)}" for x, y in points)
     if not spots:
@@ -72,7 +72,7 @@ def polyline(points: Iterable[tuple[float, float]], class_: str, title: str | No
     return tag("polyline", *children, points=spots, class_=class_)
 
 
-def band(xs: Sequence[float], lows: Sequence[float], highs: Sequence[float], class_: str) -> Markup:
+def band(xs: Sequence[Number], lows: Sequence[Number], highs: Sequence[Number], class_: str) -> Markup:
     """The area between two lines over the same ``xs``."""
     there = [f"{number(x)},{number(y)}" for x, y in zip(xs, lows, strict=True)]
     back = [f"{number(x)},{number(y)}" for x, y in zip(xs, highs, strict=True)][::-1]
@@ -83,13 +83,13 @@ def band(xs: Sequence[float], lows: Sequence[float], highs: Sequence[float], cla
 class Scale:
     """From values in [low, high] to positions in [start, stop], straight or logarithmic; values outside are clipped."""
 
-    low: float
-    high: float
-    start: float
-    stop: float
+    low: Number
+    high: Number
+    start: Number
+    stop: Number
     log: bool = False
 
-    def __call__(self, value: float) -> float:
+    def __call__(self, value: Number) -> float:
         """The position of a value."""
         value = min(max(value, self.low), self.high)
         value, low, high = (math.log(v) if self.log else v for v in (value, self.low, self.high))
@@ -101,7 +101,7 @@ class Scale:
         return log_ticks(self.low, self.high, count) if self.log else linear_ticks(self.low, self.high, count)
 
 
-def fit(values: Iterable[float], start: float, stop: float, *, log: bool | None = None, zero: bool = False) -> Scale:
+def fit(values: Iterable[Number], start: Number, stop: Number, *, log: bool | None = None, zero: bool = False) -> Scale:
     """A scale that shows all finite ``values``.
 
     Args:
@@ -126,19 +126,19 @@ def fit(values: Iterable[float], start: float, stop: float, *, log: bool | None 
     return Scale(bottom, high + pad, start, stop)
 
 
-def linear_ticks(low: float, high: float, count: int = 6) -> list[float]:
+def linear_ticks(low: Number, high: Number, count: int = 6) -> list[float]:
     """Multiples of 1, 2 or 5 times a power of ten inside [low, high]: at most ``count + 1``, at least one when possible."""
     if not high > low:
-        return [low]
+        return [float(low)]
     raw = (high - low) / max(count, 1)
     power = 10.0 ** math.floor(math.log10(raw))
     step = next(m * power for m in (1, 2, 5, 10) if m * power >= raw * (1 - 1e-9))
     first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
     digits = max(0, -math.floor(math.log10(step)))
-    return [round(i * step, digits) for i in range(first, last + 1)]
+    return [round(float(i * step), digits) for i in range(first, last + 1)]
 
 
-def log_ticks(low: float, high: float, count: int = 6) -> list[float]:
+def log_ticks(low: Number, high: Number, count: int = 6) -> list[float]:
     """Powers of ten inside [low, high], with 2 and 5 between them where the range is short."""
     exponents = range(math.floor(math.log10(low)) - 1, math.ceil(math.log10(high)) + 2)
     for multiples in ((1, 2, 5), (1, 3), (1,)):
@@ -153,16 +153,17 @@ def log_ticks(low: float, high: float, count: int = 6) -> list[float]:
 _SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
-def tick_label(value: float) -> str:
+def tick_label(value: Number) -> str:
     """A tick as people write it: 0.05, 12, 10,000, 2×10⁻⁶."""
     if value == 0 or 1e-4 <= abs(value) < 1e6:
         return f"{value:,.10g}" if abs(value) >= 1000 else f"{value:.10g}"
-    mantissa, exponent = f"{value:.0e}".split("e")
+    mantissa, exponent = f"{value:.5e}".split("e")
+    mantissa = mantissa.rstrip("0").rstrip(".")
     power = "10" + str(int(exponent)).translate(_SUPERSCRIPT)
     return power if mantissa == "1" else f"{mantissa}×{power}"
 
 
-def x_axis(scale: Scale, y: float, name: str, *, as_percent: bool = False, top: float | None = None) -> Markup:
+def x_axis(scale: Scale, y: Number, name: str, *, as_percent: bool = False, top: Number | None = None) -> Markup:
     """A horizontal axis at height ``y``; ``top`` draws the grid up to there."""
     marks = [line(scale.start, y, scale.stop, y, "axis")]
     for value in scale.ticks():
@@ -174,7 +175,7 @@ def x_axis(scale: Scale, y: float, name: str, *, as_percent: bool = False, top: 
     return tag("g", *marks, class_="x-axis")
 
 
-def y_axis(scale: Scale, x: float, name: str, *, as_percent: bool = False, right: float | None = None) -> Markup:
+def y_axis(scale: Scale, x: Number, name: str, *, as_percent: bool = False, right: Number | None = None) -> Markup:
     """A vertical axis at ``x``, its name above it; ``right`` draws the grid up to there."""
     marks = [line(x, scale.start, x, scale.stop, "axis")]
     for value in scale.ticks(5):
@@ -186,11 +187,11 @@ def y_axis(scale: Scale, x: float, name: str, *, as_percent: bool = False, right
     return tag("g", *marks, class_="y-axis")
 
 
-def _name(value: float, as_percent: bool) -> str:
+def _name(value: Number, as_percent: bool) -> str:
     return percent(value) if as_percent else tick_label(value)
 
 
-def spread(wanted: Sequence[float], gap: float, low: float, high: float) -> list[float]:
+def spread(wanted: Sequence[Number], gap: Number, low: Number, high: Number) -> list[Number]:
     """Positions near ``wanted`` that keep ``gap`` between neighbors (for labels at line ends), inside [low, high]."""
     order = sorted(range(len(wanted)), key=lambda i: wanted[i])
     placed = list(wanted)

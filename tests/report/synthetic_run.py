@@ -1,6 +1,6 @@
 """A run folder as an audit leaves it, made of nothing: pictures drawn with pillow, scores drawn from a seeded generator.
 
-Run ``python tests/report/world.py FOLDER`` to look at the report of one.
+Run ``python tests/report/synthetic_run.py FOLDER`` to look at the report of one.
 """
 
 from __future__ import annotations
@@ -19,7 +19,14 @@ from mnemoscope.records.schema import Manifest, Nearest, Row, Score, Thresholds
 from mnemoscope.records.store import Run, Writer, sample_id
 
 DOSES = {"planted ×2": 2, "planted ×4": 4, "planted ×8": 8, "planted ×16": 16}
-CHANCE = {"planted ×2": 0.15, "planted ×4": 0.5, "planted ×8": 0.9, "planted ×16": 1.0, "ordinary": 0.0, "template": 0.05}
+CHANCE = {
+    "planted ×2": 0.15,
+    "planted ×4": 0.5,
+    "planted ×8": 0.9,
+    "planted ×16": 1.0,
+    "ordinary": 0.0,
+    "template": 0.05,
+}
 COLORS = ["red", "yellow", "teal", "orange", "navy", "green", "purple", "brown", "pink", "gray"]
 SHAPES = ["circle", "cross", "ring", "bar", "star", "house"]
 STEPS = 20
@@ -43,7 +50,9 @@ def picture(concept: int, jitter: float = 0.0, rng: np.random.Generator | None =
     elif shape == "bar":
         draw.rectangle((x - r, y - r / 3, x + r, y + r / 3), fill=color)
     elif shape == "star":
-        corners = [(a, r if i % 2 == 0 else r * 0.45) for i, a in enumerate(np.linspace(-np.pi / 2, 1.5 * np.pi, 11)[:-1])]
+        corners = [
+            (a, r if i % 2 == 0 else r * 0.45) for i, a in enumerate(np.linspace(-np.pi / 2, 1.5 * np.pi, 11)[:-1])
+        ]
         draw.polygon([(x + s * np.cos(a), y + s * np.sin(a)) for a, s in corners], fill=color)
     else:
         draw.polygon([(x - r, y), (x, y - r), (x + r, y)], fill=color)
@@ -66,7 +75,7 @@ def make_run(
     pictures: bool = True,
     reference: bool = True,
     calibrated: bool = True,
-    controls: bool = True,
+    labels: bool = False,
     prompts: dict[int, str] | None = None,
     **manifest: object,
 ) -> Path:
@@ -82,7 +91,9 @@ def make_run(
                 text = (prompts or {}).get(g * per_group + i, text)
                 pull = rng.normal(0, 0.25) + (1.1 + 0.12 * DOSES.get(group, 0) if CHANCE[group] > 0.1 else 0)
                 for seed in range(seeds):
-                    rows.append(_row(rng, writer, text, f"p{g}-{i}", group, seed, concept, pull, pictures, reference))
+                    rows.append(
+                        _row(rng, writer, text, f"p{g}-{i}", group, seed, concept, pull, pictures, reference, labels)
+                    )
         rows[-1] = Row(**_head(rows[-1]), status="error", error="ModelFault: predicted NaN at step 3")
         rows[5].tokens_dropped = 12
         writer.append(rows)
@@ -91,7 +102,7 @@ def make_run(
                 writer.save(f"reference/{concept:02d}.webp", webp(picture(concept)))
     if calibrated:
         _calibrate(run.folder, rng, ordinary, seeds)
-    if controls:
+    if labels:
         _controls(run.folder, rows, rng)
     return run.folder
 
@@ -100,13 +111,15 @@ def _head(row: Row) -> dict:
     return row.model_dump(include={"id", "prompt_id", "prompt", "seed", "group", "label"})
 
 
-def _row(rng, writer, text, prompt_id, group, seed, concept, pull, pictures, reference) -> Row:
+def _row(rng, writer, text, prompt_id, group, seed, concept, pull, pictures, reference, labels) -> Row:
     copied = rng.random() < CHANCE[group]
     level = 1.6 * np.exp(pull + rng.normal(0, 0.08))
     steps = level * np.exp(-np.linspace(0, 1.6 if pull < 0.8 else 0.9, STEPS)) * np.exp(rng.normal(0, 0.04, STEPS))
     id = sample_id(text, seed, {"world": 1})
     image = writer.save(f"images/{id}.webp", webp(picture(concept, 0.06 if copied else 0.9, rng))) if pictures else None
-    similarity = float(np.clip(rng.normal(0.965 if copied else 0.55, 0.012 if copied else 0.1), 0, 0.87 if not copied else 1))
+    similarity = float(
+        np.clip(rng.normal(0.965 if copied else 0.55, 0.012 if copied else 0.1), 0, 0.87 if not copied else 1)
+    )
     nearest = Nearest(
         reference=str(concept),
         similarity=similarity,
@@ -122,7 +135,7 @@ def _row(rng, writer, text, prompt_id, group, seed, concept, pull, pictures, ref
         seed=seed,
         status="ok",
         group=group,
-        label=True if group in DOSES else False if group == "ordinary" else None,
+        label={"ordinary": False, "template": None}.get(group, True) if labels else None,
         scores={"magnitude": Score(value=float(steps[0]), space="eps", per_step=[float(v) for v in steps])},
         forwards=2 * STEPS,
         image=image,
@@ -190,5 +203,5 @@ def _controls(folder: Path, rows: list[Row], rng: np.random.Generator) -> None:
 if __name__ == "__main__":
     from mnemoscope.report.html import write_json, write_markdown, write_report
 
-    made = make_run(Path(sys.argv[1]))
+    made = make_run(Path(sys.argv[1]), labels=True)
     print(write_report(made), write_markdown(made), write_json(made))

@@ -1,0 +1,42 @@
+"""What the benchmark scripts share: the machine in words, and measured blocks inside documents."""
+
+from __future__ import annotations
+
+import json
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+
+DOCS = Path(__file__).parent.parent / "docs"
+
+
+def machine() -> str:
+    """The machine a figure was measured on, in words."""
+    gpu = (
+        torch.cuda.get_device_name()
+        if torch.cuda.is_available()
+        else f"{torch.get_num_threads()} CPU threads ({platform.machine()})"
+    )
+    return f"{gpu}, torch {torch.__version__.split('+')[0]}, Python {platform.python_version()}"
+
+
+def write_block(document: Path, name: str, text: str, facts: Any = None) -> None:
+    """Replace the block between ``<!-- name -->`` and ``<!-- /name -->``; facts go beside the document as JSON."""
+    begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+    page = document.read_text(encoding="utf-8")
+    head, _, rest = page.partition(begin)
+    _, found, tail = rest.partition(end)
+    if not found:
+        raise SystemExit(f"{document} has no block {begin} … {end}")
+    document.write_text(f"{head}{begin}\n{text.strip()}\n{end}{tail}", encoding="utf-8")
+    if facts is not None:
+        (DOCS / "measured").mkdir(exist_ok=True)
+        (DOCS / "measured" / f"{name}.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+    print(f"{document}: {name} updated")
+
+
+def markdown_table(columns: list[str], rows: list[list[str]]) -> str:
+    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])

@@ -1,0 +1,129 @@
+"""The bundled world keeps its promises: what later results are judged against must not drift."""
+
+import hashlib
+from collections import Counter
+
+import pytest
+import torch
+
+from mnemoscope.audit.controls import text_baseline
+from mnemoscope.demo.run import group_name, mix
+from mnemoscope.demo.world import World
+from mnemoscope.errors import UnknownName, UsageError
+
+
+@pytest.fixture(scope="module")
+def world():
+    return World()
+
+
+def test_planted_levels(world):
+    assert len(world.levels) >= 4
+    for level in world.levels:
+        rows = world.of("planted", copies=level)
+        assert len({r.caption for r in rows}) == len({r.picture for r in rows}) == len(rows) >= 24
+
+
+def test_repeated_pictures_are_at_most_a_tenth_of_all_draws(world):
+    assert all(r.draws == r.copies for r in world.of("planted", "recaptioned", "template"))
+    repeated = sum(r.draws for r in world.rows if r.copies)
+    assert 0 < repeated <= 0.1 * sum(r.draws for r in world.rows)
+
+
+def test_groups_do_not_leak_into_each_other(world):
+    concepts = {g: {r.concept for r in world.of(g)} for g in ("planted", "recaptioned", "heldout", "ordinary")}
+    names = list(concepts)
+    for i, a in enumerate(names):
+        for b in names[i + 1 :]:
+            assert not concepts[a] & concepts[b], (a, b)
+    shown = {r.picture for r in world.trained}
+    assert not shown & {r.picture for r in world.of("heldout", "twin")}
+    # Captions tell nothing either: each belongs to one concept.
+    assert all(
+        len({r.concept for r in world.rows if r.caption == c}) == 1
+        for c in {r.caption for r in world.of("planted", "heldout")}
+    )
+
+
+def test_ordinary_captions_have_two_pictures(world):
+    assert set(Counter(r.caption for r in world.of("ordinary")).values()) == {2}
+
+
+def test_template_families(world):
+    families = Counter(r.family for r in world.of("template"))
+    assert len(families) >= 16
+    assert min(families.values()) >= 6
+    composed = [f for f in families if "card with" in f]
+    assert all(sum(not r.copies for r in world.of("template") if r.family == f) == 1 for f in composed)
+
+
+def test_composed_families_share_their_layout(world):
+    family = next(r.family for r in world.of("template") if "card with" in r.family)
+    pictures = world.pictures(r.picture for r in world.of("template") if r.family == family)
+    fixed = (pictures == pictures[0]).all(0).all(0)
+    assert 0.5 < fixed.float().mean() < 0.9
+
+
+def test_recaptioned_pictures_have_several_captions(world):
+    captions = Counter(r.picture for r in world.of("recaptioned"))
+    assert len(captions) >= 20
+    assert set(captions.values()) == {4}
+    assert len({r.caption for r in world.of("recaptioned")}) == len(world.of("recaptioned"))
+
+
+@pytest.mark.parametrize("other", ["ordinary", "heldout"])
+def test_wording_alone_cannot_tell_planted_captions_apart(world, other):
+    planted, rest = world.captions("planted"), world.captions(other)
+    prompts = [r.caption for r in planted + rest]
+    found = text_baseline(prompts, [True] * len(planted) + [False] * len(rest), resamples=1)
+    assert abs(found.ngrams.auc.value - 0.5) <= 0.1
+    assert abs(found.capitals.auc.value - 0.5) <= 0.1
+
+
+def test_pictures_are_those_of_the_manifest(world):
+    rows = list({r.picture: r for r in world.rows}.values())
+    pictures = (world.pictures(r.picture for r in rows) * 255).round().byte().permute(0, 2, 3, 1)
+    for row, picture in zip(rows, pictures, strict=True):
+        assert hashlib.sha256(picture.contiguous().numpy().tobytes()).hexdigest() == row.sha256, row.id
+
+
+def test_every_row_names_its_source_and_license(world):
+    allowed = {"emoji-datasource-google@16.0.0": "Apache-2.0", "@lobehub/fluent-emoji-3d@1.1.0": "MIT"}
+    assert all(allowed[r.source] == r.license for r in world.rows)
+
+
+def test_the_copy_threshold_is_a_one_percent_search_error(world):
+    others = world.pictures(dict.fromkeys(r.picture for r in world.of("heldout", "twin")))
+    wrong = sum(m.copy_found for m in world.reference.nearest(others))
+    assert 0 <= wrong <= 0.01 * len(others)
+    planted = [r.picture for r in world.of("planted")]
+    blurred = torch.nn.functional.interpolate(
+        torch.nn.functional.avg_pool2d(world.pictures(planted), 2), scale_factor=2.0
+    )
+    matches = world.reference.nearest(blurred)
+    assert [m.reference for m in matches] == planted
+    assert all(m.copy_found for m in matches)
+
+
+def test_unconditional_world_has_five_levels_of_its_own():
+    world = World("unconditional")
+    assert len(world.levels) == 5
+    assert all(len(world.of("planted", copies=c)) >= 12 for c in world.levels)
+    repeated = sum(r.draws for r in world.rows if r.copies)
+    assert repeated <= 0.1 * sum(r.draws for r in world.rows)
+    assert world.pictures([world.rows[0].picture]).shape[-1] == 32
+
+
+def test_the_demonstration_mixes_all_groups(world):
+    names = Counter(group_name(r) for r in mix(world))
+    assert {"ordinary", "heldout", "recaptioned", "template", "template, never shown"} < set(names)
+    assert sum(n for name, n in names.items() if name.startswith("planted")) == 5 * len(world.levels)
+
+
+def test_bad_names_get_a_sentence(world):
+    with pytest.raises(UnknownName, match="Did you mean 'planted'"):
+        world.of("plantd")
+    with pytest.raises(UsageError, match="has no picture"):
+        world.pictures(["nothing"])
+    with pytest.raises(UnknownName, match="bundled model"):
+        World("video")
