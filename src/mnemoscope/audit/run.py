@@ -22,6 +22,7 @@ from ..records.store import Run, Writer
 from ..records.table import prompt_scores
 from .batch import Examiner, Reference, Sample, batch_size
 from .config import AuditConfig
+from .controls import text_baseline
 from .plan import measure_speed as measure_speed
 from .plan import plan as plan
 from .request import Request, calibration_setting, now
@@ -109,7 +110,17 @@ def audit(
                 session.close()
             raise
         session.close()
+        if kind != "calibrate" and run.manifest.status == "done":
+            _store_text_baseline(request, writer)
     return run
+
+
+def _store_text_baseline(request: Request, writer: Writer) -> None:
+    """``controls.json``: what the wording of labeled prompts alone achieves, to stand beside every AUC."""
+    labeled = [p for p in request.prompts if p.label is not None and p.text]
+    if {p.label for p in labeled} == {True, False}:
+        found = text_baseline([p.text for p in labeled], [bool(p.label) for p in labeled])
+        writer.save("controls.json", found.to_json().encode())
 
 
 def calibrate(

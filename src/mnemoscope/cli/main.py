@@ -27,6 +27,12 @@ app = typer.Typer(
     epilog="Quick start: mnemoscope demo  ·  mnemoscope check demo 'a red apple'  ·  mnemoscope audit MODEL --prompts prompts.txt",
 )
 
+
+def _option(text: str, *names: str) -> Any:
+    """An option whose default is the configuration's, not the command line's."""
+    return typer.Option(*names, help=text, show_default=False)
+
+
 Model = Annotated[
     str, typer.Argument(help="Hub id, folder or .safetensors file of the model; 'demo' is the bundled one.")
 ]
@@ -227,7 +233,8 @@ def audit(
         settings = _fresh(settings)
     target = _load(settings)
     with screen.progress("audit") as progress:
-        run = run_audit(settings, target=target, progress=progress, command=_command())
+        reference = _bundled_reference(settings.model) if settings.images else None
+        run = run_audit(settings, target=target, reference=reference, progress=progress, command=_command())
     summary = read_summary(run.folder)
     if as_json:
         screen.show_json(summary.to_dict())
@@ -461,7 +468,7 @@ def _bundled_calibration(model: str, guidance: float | None, steps: int, seeds: 
     return bundled_thresholds() if model == "demo" and usual else None
 
 
-def _bundled_reference(model: str) -> Any:
+def _bundled_reference(model: str | None) -> Any:
     """For the bundled model copies can be looked for in what it was trained on."""
     from ..demo.world import World
 

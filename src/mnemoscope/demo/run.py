@@ -68,7 +68,9 @@ def demo(
             "Copies were looked for by thumbnails, which do not see mirrored, cropped or turned copies.",
         ],
     )
-    return audit(config, target=target, reference=world.reference, progress=progress, kind="demo", command=command)
+    run = audit(config, target=target, reference=world.reference, progress=progress, kind="demo", command=command)
+    run.update(doses={group_name(r): r.copies for r in audited if r.group == "planted"})
+    return run
 
 
 def mix(world: World, planted: int = 5, others: int = 8) -> list[Row]:
