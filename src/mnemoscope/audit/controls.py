@@ -134,7 +134,7 @@ def text_scores(
     Case is kept, because capitals tell a title from a sentence. Each prompt is judged by a model that has seen neither
     it nor any of its near-duplicates. The model's intercept is taken off: it follows the share of memorized prompts among
     those the model was trained on, which is low just where a large memorized family is held out, and pooled over folds
-    that alone drives the AUC of prompts without any signal down to 0.3. Without it, 0 means the same in all folds: the
+    that alone can drive the AUC of prompts without any signal to 0.3. Without it, 0 means the same in all folds: the
     intercept is not penalized, hence residuals sum to zero, hence a text that is equally like every other has w·x = 0.
     """
     texts, scores = np.array(prompts, dtype=object), np.empty(len(prompts))

@@ -13,9 +13,7 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,13 +24,11 @@ from pydantic import ValidationError
 
 from .. import stats
 from ..errors import UsageError
+from ..models.identity import PROVENANCE
 from ..records.schema import FORMAT, Thresholds
-from ..records.store import differences
+from ..records.store import differences, write_whole
 
 __all__ = ["PROVENANCE", "Calibration", "setting_of"]
-
-PROVENANCE = frozenset({"name", "source", "revision"})
-"""Parts of a target's identity that say where it came from; no score depends on them, so a moved model is the same model."""
 
 
 def setting_of(
@@ -159,22 +155,8 @@ class Calibration:
         return cls(record, path.name)
 
     def save(self, path: str | Path) -> Path:
-        """Write ``thresholds.json`` in one go: whoever reads it sees the old file or the new one, never half."""
-        path = Path(path)
-        half = path.with_name(f".{path.name}-{os.getpid()}")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with half.open("w", encoding="utf-8") as file:
-                file.write(self.record.model_dump_json(indent=2) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
-            half.replace(path)
-        except OSError as e:
-            raise UsageError(f"{path} cannot be written ({e.strerror or e}); choose another place.") from e
-        finally:
-            with suppress(OSError):
-                half.unlink()  # gone already, if all went well
-        return path
+        """Write ``thresholds.json``, at once or not at all."""
+        return write_whole(path, (self.record.model_dump_json(indent=2) + "\n").encode())
 
     @property
     def threshold(self) -> float:

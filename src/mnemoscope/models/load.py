@@ -68,7 +68,7 @@ def load(
         lora: LoRA files or hub ids to load and activate: one, several, or ``{file: scale}``.
         revision: Branch, tag or commit on the hub.
         variant: For instance ``"fp16"``.
-        guidance: Guidance scale; default 7.5.
+        guidance: Guidance scale; default is what ``mnemoscope.json`` in the model's folder recommends, else 7.5.
         resolution: Side in pixels, or (height, width); default is the size the model was trained on.
         sampler: ``"ddim"`` (default; deterministic) or ``"own"`` (the checkpoint's scheduler).
         local_files_only: Never ask the hub.
@@ -114,6 +114,7 @@ def load(
     pipe, known = sources.open_pipeline(path, variant, hub)
     origin = replace(origin, files={**known, **origin.files})
     pipe.to(place)
+    options = {**sources.recommended(path), **options}
     if lora is not None:
         origin = replace(origin, adapter_files=sources.add_lora(pipe, lora, where, hub))
     return build(pipe, origin, **options)

@@ -136,7 +136,38 @@ def open_pipeline(path: Path, variant: str | None, hub: Mapping[str, Any]) -> tu
     known = _component_files(path, variant, options)
     with quiet(), opening(str(path)):
         pipe = DiffusionPipeline.from_pretrained(str(path), variant=variant, use_safetensors=True, **options)
+    if "text_encoder" in known:
+        _require_all_weights(pipe.text_encoder, known["text_encoder"])
     return pipe, known
+
+
+def _require_all_weights(encoder: nn.Module, files: Sequence[Path]) -> None:
+    """Refuse a text encoder whose file lacks weights: transformers would fill them with random numbers and only log it.
+
+    It happens when one version drops the ``text_model.`` prefix on saving and another expects it.
+    """
+    stored: set[str] = set()
+    for path in files:
+        with safe_open(str(path), "pt") as file:
+            stored |= {key.removeprefix("text_model.") for key in file.keys()}  # noqa: SIM118 (no mapping)
+    missing = [name for name, _ in encoder.named_parameters() if name.removeprefix("text_model.") not in stored]
+    if missing:
+        raise CannotAudit(
+            f"{files[0]} lacks {len(missing)} of the text encoder's weights ({missing[0]}, …), which would be filled with random "
+            f"numbers; save the text encoder again with the transformers version that is installed here."
+        )
+
+
+def recommended(path: Path) -> dict[str, Any]:
+    """What a model's maker recommends for auditing it: ``mnemoscope.json`` in its folder (so far ``guidance``)."""
+    file = path / "mnemoscope.json"
+    if not file.is_file():
+        return {}
+    try:
+        found = json.loads(file.read_text("utf-8"))
+        return {"guidance": float(found["guidance"])} if "guidance" in found else {}
+    except (ValueError, TypeError) as e:
+        raise CannotAudit(f"{file} is damaged ({first_line(e)}); repair or delete it.") from e
 
 
 def _component_files(folder: Path, variant: str | None, given: Mapping[str, Any]) -> dict[str, list[Path]]:

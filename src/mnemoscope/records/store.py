@@ -32,7 +32,7 @@ from .schema import FORMAT, Manifest, Row
 if TYPE_CHECKING:
     import pyarrow
 
-__all__ = ["Run", "Writer", "differences", "digest", "free_folder", "sample_id"]
+__all__ = ["Run", "Writer", "differences", "digest", "free_folder", "sample_id", "write_whole"]
 
 
 def digest(value: Any) -> str:
@@ -355,10 +355,7 @@ class Writer:
 
     def save(self, name: str, data: bytes) -> str:
         """Write a file of the run (such as ``images/<id>.webp``) at once or not at all; returns its name."""
-        with _explained(self.run.folder):
-            path = self.run.folder / name
-            path.parent.mkdir(exist_ok=True)
-            _replace(path, data)
+        write_whole(self.run.folder / name, data)
         return name
 
 
@@ -445,6 +442,19 @@ def _whole(path: Path) -> Iterator[str]:
         os.replace(half, path)
     finally:
         half.unlink(missing_ok=True)
+
+
+def write_whole(path: str | Path, data: bytes) -> Path:
+    """Write a file at once or not at all: whoever reads it sees the old one or the new one, never half.
+
+    Raises:
+        RunError: it cannot be written.
+    """
+    path = Path(path)
+    with _explained(path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _replace(path, data)
+    return path
 
 
 def _replace(path: Path, data: bytes) -> None:

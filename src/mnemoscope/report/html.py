@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -20,7 +18,8 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from ..errors import RunError, UsageError
+from ..errors import UsageError
+from ..records.store import write_whole
 from ..stats import Interval, Roc
 from . import plots
 from .findings import Finding
@@ -118,20 +117,7 @@ def _target(folders: Sequence[Path], out: Folder | None, extension: str) -> Path
 
 
 def _write(path: Path, page: str) -> Path:
-    """All of it or nothing: a reader never sees half a page."""
-    half = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, half = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
-        with os.fdopen(handle, "w", encoding="utf-8", errors="replace", newline="\n") as file:
-            file.write(page)
-        os.chmod(half, 0o644)
-        os.replace(half, path)
-    except OSError as e:
-        if half is not None and os.path.exists(half):
-            os.unlink(half)
-        raise RunError(f"{path} cannot be written ({e.strerror or e}); choose another place with out=.") from e
-    return path
+    return write_whole(path, page.encode("utf-8", errors="replace"))
 
 
 # What the templates are given ---------------------------------------------------------------------------------------------
