@@ -383,3 +383,32 @@ def test_errors_are_ours(tmp_path):
 def test_opening_prints_nothing(saved, capfd):
     load(saved("sd"))
     assert capfd.readouterr() == ("", "")
+
+
+def test_a_text_encoder_without_its_weights_is_refused(folder):
+    """transformers would fill them with random numbers and only log it."""
+    file = folder / "text_encoder" / "model.safetensors"
+    tensors = load_file(file)
+    name = next(k for k in tensors if k.endswith("q_proj.weight"))
+    save_file({k: v for k, v in tensors.items() if k != name}, file, metadata={"format": "pt"})
+    with pytest.raises(CannotAudit, match="lacks 1 of the text encoder's weights"):
+        load(folder)
+
+
+def test_both_spellings_of_text_encoder_keys_give_the_same_model(folder):
+    expected = scores(load(folder))
+    file = folder / "text_encoder" / "model.safetensors"
+    tensors = {k.removeprefix("text_model."): v for k, v in load_file(file).items()}
+    for prefix in ("", "text_model."):
+        save_file({prefix + k: v for k, v in tensors.items()}, file, metadata={"format": "pt"})
+        assert torch.equal(scores(load(folder)), expected)
+
+
+def test_a_folder_may_recommend_its_guidance(folder):
+    assert load(folder).guidance == 7.5
+    (folder / "mnemoscope.json").write_text('{"guidance": 3}')
+    assert load(folder).guidance == 3
+    assert load(folder, guidance=5.0).guidance == 5
+    (folder / "mnemoscope.json").write_text('{"guidance": "high"}')
+    with pytest.raises(CannotAudit, match="mnemoscope.json is damaged"):
+        load(folder)
