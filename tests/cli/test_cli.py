@@ -63,7 +63,7 @@ def test_options_are_the_names_of_the_configuration():
     [
         (["adit"], "No such command 'adit'"),
         (["audit", "demo", "--promts", "x"], "No such option: --promts"),
-        (["check", "demo"], "Missing argument 'PROMPT'"),
+        (["check", "demo"], "Missing argument 'prompt'"),
         (["ls", "detectrs"], "no list named 'detectrs'. Did you mean 'detectors'?"),
         (["ls", "prompts", "--group", "plantd"], "Did you mean 'planted'?"),
         (["report", "nowhere"], "nowhere holds no run"),
@@ -71,7 +71,8 @@ def test_options_are_the_names_of_the_configuration():
         (["audit", "demo", "--prompts", "nowhere.txt"], "nowhere.txt"),
         (["audit", "demo", "--prompts", "x.txt", "--seeds", "0"], "seeds is 0"),
         (["audit", "demo", "--prompts", "x.txt", "--model-option", "revision"], "write name=value"),
-        (["audit", "nowhere/model.ckpt", "--prompts", "x.txt"], "safetensors"),
+        (["audit", "nowhere/model.safetensors", "--prompts", "x.txt"], "check the path"),
+        (["audit", "model.ckpt", "--prompts", "x.txt"], "safetensors"),
         (["audit", "demo", "--prompts", "x.txt", "--dtype", "float12"], "float32"),
         (["audit", "demo", "--prompts", "x.txt", "--detectors", "magnitud"], "Did you mean 'magnitude'?"),
     ],
@@ -79,6 +80,7 @@ def test_options_are_the_names_of_the_configuration():
 def test_bad_input_gets_one_sentence_and_exit_2(run, tmp_path, monkeypatch, words, sentence):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "x.txt").write_text("a red apple\n")
+    (tmp_path / "model.ckpt").write_bytes(b"PK")
     code, out, err = run(*words)
     assert code == 2
     assert sentence in err

@@ -424,8 +424,13 @@ def _options(pairs: list[str] | None) -> dict[str, Any]:
 
 
 def _load(settings: AuditConfig) -> Target:
+    from ..audit.request import choose_detectors, read_prompts_for
     from ..audit.run import load
 
+    # What is cheap to refuse is refused before gigabytes are read.
+    choose_detectors(settings)
+    if settings.prompts is not None:
+        read_prompts_for(settings)
     screen.say(f"Loading {settings.model} …")
     target = load(settings)
     _say_target(target)

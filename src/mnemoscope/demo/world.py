@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from io import BytesIO
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
@@ -61,7 +60,7 @@ class World:
         folder: Where manifest and pictures are; default: inside the package.
     """
 
-    def __init__(self, model: Literal["text-to-image", "unconditional"] = "text-to-image", folder: Path = ASSETS):
+    def __init__(self, model: str = "text-to-image", folder: Path = ASSETS):
         files = {"text-to-image": "manifest.jsonl", "unconditional": "unconditional.jsonl"}
         if model not in files:
             raise UnknownName("bundled model", model, files)
