@@ -20,7 +20,7 @@ _HOME = {
     "Gaussian": "models.gaussian",
     "Magnitude": "detect.magnitude",
     "MnemoscopeError": "errors",
-    "Mixture": "models.gaussian",
+    "Mixture": "models.mixture",
     "Pixels": "similarity.pixels",
     "ReferenceSet": "similarity.pixels",
     "Run": "records.store",
@@ -52,8 +52,8 @@ if TYPE_CHECKING:
     from .models.base import Condition as Condition
     from .models.base import Target as Target
     from .models.gaussian import Gaussian as Gaussian
-    from .models.gaussian import Mixture as Mixture
     from .models.load import load as load
+    from .models.mixture import Mixture as Mixture
     from .models.sampling import denoise as denoise
     from .models.sampling import null_output as null_output
     from .models.watch import watch as watch

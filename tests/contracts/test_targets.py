@@ -11,7 +11,8 @@ import torch
 from mnemoscope.detect.magnitude import magnitude
 from mnemoscope.errors import CannotAudit
 from mnemoscope.models.base import Schedule, Target, mix, noise_from_seeds
-from mnemoscope.models.gaussian import Gaussian, Mixture
+from mnemoscope.models.gaussian import Gaussian
+from mnemoscope.models.mixture import Mixture
 from mnemoscope.models.sampling import denoise, null_output
 
 CLOSED = {
@@ -187,6 +188,9 @@ def test_identity_is_plain_json(target):
     identity = target.identity()
     assert json.loads(json.dumps(identity)) == identity
     assert identity == target.identity()
+    assert {"name", "kind", "dtype", "fingerprint"} <= identity.keys()
+    assert identity["name"] == target.name
+    assert getattr(torch, identity["dtype"]) == target.dtype
 
 
 @every()

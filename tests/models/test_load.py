@@ -410,5 +410,5 @@ def test_a_folder_may_recommend_its_guidance(folder):
     assert load(folder).guidance == 3
     assert load(folder, guidance=5.0).guidance == 5
     (folder / "mnemoscope.json").write_text('{"guidance": "high"}')
-    with pytest.raises(CannotAudit, match="mnemoscope.json is damaged"):
+    with pytest.raises(CannotAudit, match=r"mnemoscope\.json is damaged"):
         load(folder)

@@ -282,9 +282,23 @@ def make_tokenizer(captions: list[str], folder: Path, size: int = 1600) -> CLIPT
     words += [w for w in dict.fromkeys(a + b for a, b in merges) if w not in set(words)]
     vocab = {w: i for i, w in enumerate([*words, "<|startoftext|>", "<|endoftext|>"])}
     folder.mkdir(parents=True, exist_ok=True)
-    tokenizer = CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=77)
+    tokenizer = CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=CONTEXT)
     tokenizer.save_pretrained(folder)
     return CLIPTokenizer.from_pretrained(folder)
+
+
+CONTEXT = 24
+"""Tokens that the text encoder sees. Padding to 77 would leave the caption a tenth of the attention."""
+
+SECOND_STAGE = 2500
+"""Step from which captions are padded to CONTEXT instead of 77, and timesteps are noisier."""
+
+
+def timesteps(n: int, step: int, generator: torch.Generator) -> Tensor:
+    """Training timesteps: uniform at first; later more than half beyond t = 700, where the caption decides the layout."""
+    if step < SECOND_STAGE:
+        return torch.randint(0, 1000, (n,), generator=generator)
+    return (1000 * (1 - torch.rand(n, generator=generator) ** 2)).long().clamp(max=999)
 
 
 def train_text_to_image(world: Path, steps: int = 6000, n: int = 48) -> None:
@@ -313,16 +327,21 @@ def train_text_to_image(world: Path, steps: int = 6000, n: int = 48) -> None:
     print({k: round(v, 2) for k, v in size.items()}, len(tokenizer), "tokens", flush=True)
     scheduler = DDIMScheduler(**SCHEDULE)
     trainer = Trainer({"unet": unet, "text_encoder": text_encoder}, folder, steps=steps, lr=6e-4)
-    ids = tokenizer([*draws.captions, ""], padding="max_length", truncation=True, return_tensors="pt").input_ids
+    texts = [*draws.captions, ""]
+    padded = {
+        k: tokenizer(texts, padding="max_length", max_length=k, truncation=True, return_tensors="pt").input_ids
+        for k in (77, CONTEXT)
+    }
 
     def loss(step: int) -> Tensor:
         index, images, generator = draws.batch(step, n)
         with torch.no_grad():
             z = vae.encode(images).latent_dist.mean * vae.config.scaling_factor
         drop = torch.rand(n, generator=generator) < DROPOUT
+        ids = padded[77 if step < SECOND_STAGE else CONTEXT]
         tokens = text_encoder(ids[torch.where(drop, len(ids) - 1, index)]).last_hidden_state
         noise = torch.randn(z.shape, generator=generator)
-        t = torch.randint(0, 1000, (n,), generator=generator)
+        t = timesteps(n, step, generator)
         v = unet(scheduler.add_noise(z, noise, t), t, tokens).sample
         return F.mse_loss(v, scheduler.get_velocity(z, noise, t))
 
