@@ -23,7 +23,7 @@ def test_a_picture_is_like_itself_and_unlike_its_negative():
 
 
 def test_a_plain_card_has_no_descriptor():
-    assert (Pixels()(torch.full((1, 3, 32, 32), 0.3)) == 0).all()
+    assert Pixels()(torch.full((1, 3, 32, 32), 0.3)).norm() < 1e-3
 
 
 @given(st.floats(0.2, 1), st.floats(-0.1, 0.1))

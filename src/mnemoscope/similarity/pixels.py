@@ -18,6 +18,9 @@ from ..errors import UsageError
 
 Pictures = Float[Tensor, "batch 3 height width"]
 
+PLAIN = 0.05
+"""Norm below which what is left of a thumbnail is rounding (less than half a grey level a pixel), not a picture."""
+
 
 class Pixels:
     """Mean-free ``side`` × ``side`` RGB thumbnails, unit length; similarity is their dot product, in [−1, 1]."""
@@ -35,7 +38,7 @@ class Pixels:
         if min(images.shape[-2:]) < self.side:
             raise UsageError(f"{self.name} needs pictures of at least {self.side} px; got {tuple(images.shape[-2:])}.")
         small = F.adaptive_avg_pool2d(images.float(), self.side).flatten(2)
-        return F.normalize((small - small.mean(2, keepdim=True)).flatten(1), dim=1)
+        return F.normalize((small - small.mean(2, keepdim=True)).flatten(1), dim=1, eps=PLAIN)
 
 
 @dataclass(frozen=True)
