@@ -467,10 +467,10 @@ def _show_plan(settings: AuditConfig) -> None:
 
 def _bundled_calibration(model: str, guidance: float | None, steps: int, seeds: int, window: int) -> Any:
     """The bundled model comes with thresholds for its usual setting."""
-    from ..demo.world import bundled_thresholds
+    from ..demo.world import World
 
     usual = guidance is None and (steps, seeds, window) == (50, 4, 1)
-    return bundled_thresholds() if model == "demo" and usual else None
+    return World().thresholds if model == "demo" and usual else None
 
 
 def _bundled_reference(model: str | None) -> Any:

@@ -39,6 +39,8 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from .world import GUIDANCE
+
 SEED = 20
 DROPOUT = 0.1
 """Share of draws whose caption is replaced by the empty prompt, which is what guidance needs."""
@@ -368,7 +370,13 @@ def train_text_to_image(world: Path, steps: int = 6000, n: int = 48) -> None:
         seeds = [torch.Generator().manual_seed(s) for _ in shown for s in range(4)]
         prompts = [p for p in shown for _ in range(4)]
         images = pipe(
-            prompts, generator=seeds, guidance_scale=3.0, num_inference_steps=25, height=64, width=64, output_type="pt"
+            prompts,
+            generator=seeds,
+            guidance_scale=GUIDANCE,
+            num_inference_steps=25,
+            height=64,
+            width=64,
+            output_type="pt",
         ).images
         for m in (unet, text_encoder):
             m.train()
@@ -390,6 +398,7 @@ def export_text_to_image(pipe: StableDiffusionPipeline, folder: Path) -> None:
     file = folder / "text_encoder" / "model.safetensors"
     weights = {k if k.startswith("text_model.") else f"text_model.{k}": v for k, v in load_file(file).items()}
     save_file(weights, file, metadata={"format": "pt"})
+    (folder / "mnemoscope.json").write_text(json.dumps({"guidance": GUIDANCE}) + "\n", encoding="utf-8")
 
 
 def train_unconditional(world: Path, steps: int = 3000, n: int = 48) -> None:

@@ -110,6 +110,11 @@ class World:
         return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
 
     @cached_property
+    def thresholds(self) -> Calibration:
+        """Scores of ordinary captions (every second one) at the first step with four seeds: ``bench/thresholds.py`` made them."""
+        return Calibration.load(self.folder / "thresholds.json")
+
+    @cached_property
     def reference(self) -> WorldReference:
         """Every picture the model was shown, as a calibrated reference set.
 
@@ -132,11 +137,6 @@ class WorldReference(ReferenceSet):
     def image(self, reference: str) -> Float[Tensor, "3 height width"]:
         """The reference picture of that id, in [0, 1]."""
         return self._world.pictures([reference])[0]
-
-
-def bundled_thresholds() -> Calibration:
-    """Scores of the bundled model's ordinary captions at the first step with four seeds, made by ``bench/thresholds.py``."""
-    return Calibration.load(ASSETS / "thresholds.json")
 
 
 def _unique(names: Iterable[str]) -> list[str]:
