@@ -65,7 +65,7 @@ def test_calibration_gives_p_and_refuses_to_travel(world):
     found = check(world, "the mona lisa", calibration=calibration)
     assert found.p == calibration.p_value(found.score)
     assert found.above is (found.score > calibration.threshold)
-    assert "threshold at 1% FPR" in found.words
+    assert "threshold at 1 % FPR" in found.words
     with pytest.raises(UsageError, match="seeds"):
         check(world, "a cat", seeds=2, calibration=calibration)
 

@@ -245,11 +245,13 @@ def test_two_windows_of_one_run_equal_separate_runs(
     both = audit(ask(detectors=[steps(2, "two"), steps(7, "seven")]), target=world)
     alone = {k: audit(ask(out=str(tmp_path / f"{k}"), detectors=[steps(k)]), target=world) for k in (2, 7)}
 
-    def by_sample(run: Run, name: str) -> dict[str, tuple[float, ...]]:
-        return {f"{r.prompt}/{r.seed}": (r.scores[name].value, *r.scores[name].per_step) for r in run.rows()}
+    def by_sample(run: Run, name: str, k: int) -> dict[str, tuple[float, ...]]:
+        return {f"{r.prompt}/{r.seed}": (r.scores[name].value, *r.scores[name].per_step[:k]) for r in run.rows()}
 
-    same(by_sample(both, "two"), by_sample(alone[2], "magnitude"))
-    same(by_sample(both, "seven"), by_sample(alone[7], "magnitude"))
+    same(by_sample(both, "two", 2), by_sample(alone[2], "magnitude", 2))
+    same(by_sample(both, "seven", 7), by_sample(alone[7], "magnitude", 7))
+    # One trajectory: both kept every step of it.
+    assert {len(r.scores["two"].per_step) for r in both.rows()} == {7}
     sliced = {p.prompt: p.score for p in prompt_scores(both.rows(), "seven", window=(0, 2))}
     assert sliced == pytest.approx({p.prompt: p.score for p in prompt_scores(alone[2].rows(), "magnitude")}, rel=1e-5)
 

@@ -404,6 +404,12 @@ def test_both_spellings_of_text_encoder_keys_give_the_same_model(folder):
         assert torch.equal(scores(load(folder)), expected)
 
 
+def test_a_misspelt_option_is_refused(saved):
+    """diffusers would only log it, and the base model would be audited in place of the fine-tuned one."""
+    with pytest.raises(UnknownName, match=r"no option of load named 'uent'\. Did you mean 'unet'"):
+        load(saved("sd"), uent="nowhere")
+
+
 def test_a_folder_may_recommend_its_guidance(folder):
     assert load(folder).guidance == 7.5
     (folder / "mnemoscope.json").write_text('{"guidance": 3}')

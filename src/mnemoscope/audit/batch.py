@@ -103,8 +103,7 @@ class Examiner:
         for step in self._trajectory(batch, noise, first_null):
             times.append(step.t)
             for detector in watching.values():
-                if step.index < detector.steps_needed:
-                    detector.update(step)
+                detector.update(step)
         values = _to_host(watching)
         pictures = self.target.decode(step.x_next) if self.config.images and step.x_next is not None else None
         faults = [_fault({n: v[i] for n, v in values.items()}, times, pictures, i) for i in range(len(batch))]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor
@@ -16,15 +16,6 @@ from ..errors import CannotAudit, UsageError
 from ..models.base import Target
 from ..models.sampling import denoise
 from .batch import Reference
-
-
-class Nearest(Protocol):
-    """What a reference set says of one picture."""
-
-    reference: str
-    similarity: float
-    descriptor: str
-    copy_found: bool | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,7 +66,9 @@ class Check:
         if self.p is None or self.fpr is None:
             what += ", not calibrated: only a ranking means something (mnemoscope calibrate)"
         else:
-            what += f", {'above' if self.above else 'not above'} threshold at {self.fpr:.0%} FPR (p = {self.p:.3g})"
+            what += (
+                f", {'above' if self.above else 'not above'} threshold at {100 * self.fpr:g} % FPR (p = {self.p:.3g})"
+            )
         if self.nearest:
             k = sum(bool(m.copy_found) for m in self.nearest)
             best = max(self.nearest, key=lambda m: m.similarity)

@@ -96,6 +96,8 @@ def audit(
     with Writer(run, request.shard) as writer:
         if request.calibration is not None:
             request.calibration.save(run.folder / "thresholds.json")
+        else:  # of an earlier call that asked for it; its rows would be judged by what nobody asked for
+            (run.folder / "thresholds.json").unlink(missing_ok=True)
         session = _Session(request, writer, reference, progress)
         try:
             session.work()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import shlex
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -112,13 +114,14 @@ def demo(
 
     Example: mnemoscope demo
     """
+    screen.say("Loading the bundled model …")
     from ..demo.run import demo as run_demo
     from ..records.store import free_folder
     from ..report.html import write_report
     from ..report.summary import read_summary
 
     folder = free_folder(out) if fresh else out
-    with screen.progress("demo") as progress:
+    with _stoppable(), screen.progress("demo") as progress:
         run = run_demo(folder, progress=progress, say=screen.say, command=_command())
     summary = read_summary(run.folder)
     report = write_report(run.folder)
@@ -157,9 +160,9 @@ def check(
 
     target = load(model, dtype=dtype, device=device, **_options(model_option))
     _say_target(target)
-    found = (
-        Calibration.load(calibration) if calibration else _bundled_calibration(model, guidance, steps, seeds, window)
-    )
+    found = Calibration.load(calibration) if calibration else None
+    if found is None and model == "demo":
+        found = _bundled_calibration(target, guidance, steps, seeds, window)
     reference = _bundled_reference(model) if images else None
     result = check_prompt(
         target,
@@ -232,7 +235,7 @@ def audit(
     if fresh:
         settings = _fresh(settings)
     target = _load(settings)
-    with screen.progress("audit") as progress:
+    with _stoppable(), screen.progress("audit") as progress:
         reference = _bundled_reference(settings.model) if settings.images else None
         run = run_audit(settings, target=target, reference=reference, progress=progress, command=_command())
     summary = read_summary(run.folder)
@@ -283,16 +286,16 @@ def calibrate(
         _show_plan(settings)
         return
     target = _load(settings)
-    with screen.progress("calibrate") as progress:
+    with _stoppable(), screen.progress("calibrate") as progress:
         run, found = run_calibration(settings, fpr=fpr, target=target, progress=progress, command=_command())
     if as_json:
         screen.show_json({name: c.record.model_dump(mode="json") for name, c in found.items()})
         return
     for name, c in found.items():
-        low, high = c.record.interval
+        low, high = ("open" if bound is None else f"{bound:.4f}" for bound in c.record.interval)
         print(
-            f"{name}: threshold {c.threshold:.4f} at {c.record.fpr:.2%} false positives "
-            f"({c.record.confidence:.0%} interval {low:.4f} to {high:.4f}), from {len(c.record.scores)} ordinary prompts"
+            f"{name}: threshold {c.threshold:.4f} at {100 * c.record.fpr:g} % false positives "
+            f"({100 * c.record.confidence:g} % interval {low} to {high}), from {len(c.record.scores)} ordinary prompts"
         )
     print(f"Written to {run.folder}; use it with: mnemoscope audit … --calibration {run.folder / 'thresholds.json'}")
 
@@ -384,6 +387,16 @@ AUDIT_OPTIONS = frozenset({
 """Options that fill :class:`~mnemoscope.audit.config.AuditConfig`; a test keeps the two in step."""
 
 
+@contextmanager
+def _stoppable() -> Iterator[None]:
+    """Ctrl-C says what is saved. Caught here, because typer would turn it into a bare exit code."""
+    try:
+        yield
+    except KeyboardInterrupt as e:
+        screen.fail(str(e) or "stopped; the same command continues")
+        raise typer.Exit(130) from None
+
+
 def _settings(config: Path | None, options: dict[str, Any]) -> AuditConfig:
     """One frozen configuration from the YAML file and the options; options win."""
     from ..audit.config import AuditConfig
@@ -417,13 +430,24 @@ def _number(text: str) -> int | float | str:
 
 def _options(pairs: list[str] | None) -> dict[str, Any]:
     """``name=value`` pairs for the loader."""
+    import yaml
+
+    found = {}
     for pair in pairs or []:
-        if "=" not in pair:
+        name, equals, text = pair.partition("=")
+        if not equals:
             raise UsageError(f"--model-option {pair!r} has no value; write name=value, for instance revision=main.")
-    return dict(pair.split("=", 1) for pair in pairs or [])
+        if name in ("dtype", "device"):
+            raise UsageError(f"--model-option {pair!r}: write --{name} {text}.")
+        try:
+            found[name] = yaml.safe_load(text)
+        except yaml.YAMLError:
+            found[name] = text
+    return found
 
 
 def _load(settings: AuditConfig) -> Target:
+    screen.say(f"Loading {settings.model} …")  # before torch is imported, which takes its time
     from ..audit.request import choose_detectors, read_prompts_for
     from ..audit.run import load
 
@@ -431,7 +455,6 @@ def _load(settings: AuditConfig) -> Target:
     choose_detectors(settings)
     if settings.prompts is not None:
         read_prompts_for(settings)
-    screen.say(f"Loading {settings.model} …")
     target = load(settings)
     _say_target(target)
     return target
@@ -454,9 +477,12 @@ def _show_plan(settings: AuditConfig) -> None:
     """What it would cost; time is measured on the model if it can be loaded."""
     import yaml
 
+    from ..audit.request import Request
     from ..audit.run import measure_speed, plan
 
     target = _load(settings)
+    reference = _bundled_reference(settings.model) if settings.images else None
+    Request.of(settings, target, reference=reference)  # refuses what the run would refuse
     cost = plan(settings, target=target, seconds_per_forward=measure_speed(settings, target))
     print(yaml.safe_dump(settings.stored(), sort_keys=False, allow_unicode=True).rstrip())
     print(
@@ -465,12 +491,24 @@ def _show_plan(settings: AuditConfig) -> None:
     )
 
 
-def _bundled_calibration(model: str, guidance: float | None, steps: int, seeds: int, window: int) -> Any:
-    """The bundled model comes with thresholds for its usual setting."""
+def _bundled_calibration(target: Target, guidance: float | None, steps: int, seeds: int, window: int) -> Any:
+    """The thresholds that come with the bundled model, where they were made under the same setting."""
     from ..demo.world import World
+    from ..detect.calibrate import setting_of
 
-    usual = guidance is None and (steps, seeds, window) == (50, 4, 1)
-    return World().thresholds if model == "demo" and usual else None
+    g = target.guidance if guidance is None else guidance
+    setting = setting_of(
+        target.identity(), guidance=g, steps=steps, window=(0, window), seeds=seeds, seed_mode="shared"
+    )
+    found = World().thresholds
+    try:
+        found.check(setting)
+    except UsageError:
+        screen.say(
+            "The bundled thresholds were made with float32, guidance 3, 50 steps, 4 seeds, first step; not used here."
+        )
+        return None
+    return found
 
 
 def _bundled_reference(model: str | None) -> Any:
@@ -482,12 +520,9 @@ def _bundled_reference(model: str | None) -> Any:
 
 def _write_pictures(images: Any, folder: Path) -> list[str]:
     from ..audit.batch import webp
+    from ..records.store import write_whole
 
-    folder.mkdir(parents=True, exist_ok=True)
-    files = [folder / f"seed-{j}.webp" for j in range(len(images))]
-    for file, image in zip(files, images, strict=True):
-        file.write_bytes(webp(image))
-    return [str(f) for f in files]
+    return [str(write_whole(folder / f"seed-{j}.webp", webp(image))) for j, image in enumerate(images)]
 
 
 def _command() -> str:

@@ -94,6 +94,7 @@ def group_name(row: Row) -> str:
 
 
 def _item(row: Row, world: World) -> dict[str, Any]:
-    """A prompt with its group, and the ground truth where the world has one."""
-    label = True if row.copies else False if row.group in ("ordinary", "heldout") else None
+    """A prompt with its group, and the ground truth where the world has one: the most repeated pictures, and none at all."""
+    most = row.group == "planted" and row.copies == world.levels[-1]
+    label = True if most else False if row.group in ("ordinary", "heldout") else None
     return {"prompt": row.caption, "id": row.id, "group": group_name(row), "label": label}

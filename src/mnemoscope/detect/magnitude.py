@@ -61,7 +61,6 @@ class Magnitude:
             )
         self.window = window
         self.space: str | None = None
-        self._shown = 0
         self._seen: list[Tensor] = []
 
     @property
@@ -76,14 +75,12 @@ class Magnitude:
                 "magnitude compares the prediction with and without the prompt, and this run makes no prediction without: "
                 "set guidance above 1, and use a model that takes text."
             )
-        if step.index != self._shown:
+        if step.index != len(self._seen):
             raise UsageError(
-                f"magnitude was shown step {step.index} after {self._shown} steps; a detector scores one run, from step 0 on."
+                f"magnitude was shown step {step.index} after {len(self._seen)} steps; a detector scores one run, from step 0 on."
             )
         self.space = step.space
-        self._shown += 1
-        if step.index < self.window[1]:
-            self._seen.append(magnitude(step.cond, step.uncond))
+        self._seen.append(magnitude(step.cond, step.uncond))
 
     def per_step(self) -> Float[Tensor, "batch step"]:
         """The magnitude at every step seen so far."""
@@ -95,7 +92,7 @@ class Magnitude:
 
     def compute(self) -> PerSample:
         """Mean over the window; the steps of the window that were run."""
-        inside = self.per_step()[:, self.window[0] :]
+        inside = self.per_step()[:, slice(*self.window)]
         if inside.shape[1] == 0:
             raise UsageError(f"magnitude: window {self.window} starts after the {len(self._seen)} steps that were run.")
         return inside.mean(dim=1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from importlib.metadata import entry_points
@@ -29,6 +30,17 @@ DTYPES = {
     "bf16": torch.bfloat16,
     "float64": torch.float64,
 }
+
+HUB = frozenset({
+    "cache_dir", "config", "device_map", "disable_mmap", "feature_extractor",
+    "force_download", "image_encoder", "load_connected_pipeline", "low_cpu_mem_usage", "max_memory",
+    "mirror", "offload_folder", "offload_state_dict", "original_config", "proxies",
+    "quantization_config", "requires_safety_checker", "safety_checker", "scheduler", "subfolder",
+    "text_encoder", "token", "tokenizer", "use_safetensors", "vae",
+    "vqvae",
+})  # fmt: skip
+"""Keywords that are handed to diffusers unread. Others are refused: diffusers only logs them, and a misspelt ``unet`` would audit
+the base model."""
 
 UNSUPPORTED = {
     "Flux": "its guidance is distilled, so one call makes no prediction without the prompt",
@@ -83,6 +95,9 @@ def load(
         CannotAudit: the model is incomplete, pickled, not in the cache, or of a kind that cannot be audited.
         UsageError: an argument makes no sense for this source.
     """
+    if unknown := sorted(hub.keys() - HUB):
+        own = set(inspect.signature(load).parameters) - {"source", "hub"}
+        raise UnknownName("option of load", unknown[0], own | HUB)
     options = {
         k: v for k, v in {"guidance": guidance, "resolution": resolution, "sampler": sampler}.items() if v is not None
     }

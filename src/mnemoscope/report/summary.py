@@ -18,7 +18,7 @@ from pydantic import ValidationError
 
 from ..errors import RunError, UsageError
 from ..records.schema import Manifest, Row, Thresholds
-from ..records.store import Run
+from ..records.store import Run, differences
 from ..records.table import prompt_scores
 from .discrimination import Baseline, Discrimination, discriminations
 from .findings import Finding, Share, findings_of, gather, rounding_of, seeds_of
@@ -255,6 +255,7 @@ def summarize(
     findings = findings_of(evidence, scored, chosen, used, seeds, rounding_of(manifest))
     discrimination, missing = discriminations(findings, chosen, baseline)
     gaps = list(untested(manifest, findings, used, seeds))
+    gaps += _foreign(used, manifest)
     if strange and thresholds is not None:
         gaps.insert(
             0, f"The thresholds belong to {thresholds.detector}, the scores shown to {chosen}; they were not used."
@@ -276,6 +277,19 @@ def summarize(
         groups=_groups(findings, manifest.doses),
         discrimination=discrimination,
         untested=gaps,
+    )
+
+
+def _foreign(thresholds: Thresholds | None, manifest: Manifest) -> list[str]:
+    """Where the thresholds were made under another setting than the run, in a sentence."""
+    if thresholds is None or not manifest.setting:
+        return []
+    shared = manifest.setting.keys() & thresholds.setting.keys()
+    found = differences({k: thresholds.setting[k] for k in shared}, {k: manifest.setting[k] for k in shared})
+    return (
+        [f"The threshold was made under another setting and may mean nothing here ({'; '.join(found)})."]
+        if found
+        else []
     )
 
 
