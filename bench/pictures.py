@@ -1,4 +1,4 @@
-"""Make the pictures of the docs: contact sheets of the world and samples of both models.
+"""Make the pictures of the docs: contact sheet of the world and samples of the model.
 
 python bench/pictures.py
 """
@@ -51,11 +51,6 @@ def main() -> None:
     ).unflatten(0, (-1, 4))
     cells = torch.cat([world.pictures([r.picture for r in chosen])[:, None], made], 1)
     grid(cells.flatten(0, 1), 20).save(folder / "text-to-image.webp", quality=85)
-
-    target = load("demo-unconditional")
-    grid(sample(target, target.noise(range(96))), 24).resize((24 * 34 * 2, 4 * 34 * 2), Image.Resampling.NEAREST).save(
-        folder / "unconditional.webp", quality=85
-    )
 
 
 if __name__ == "__main__":
