@@ -33,7 +33,7 @@ contracts: .venv/.dev  ## which rooms may know each other
 	$(BIN)/lint-imports
 
 pytest: .venv/.dev  ## the tests; warnings are errors
-	$(BIN)/pytest -n auto
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto  # one thread each: workers and threads would fight for the cores
 
 wheel: .venv/.dev  ## build the wheel and use it away from this folder
 	rm -rf build/wheel
