@@ -8,6 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+
+from mnemoscope import Target, denoise
 
 DOCS = Path(__file__).parent.parent / "docs"
 
@@ -20,6 +23,14 @@ def machine() -> str:
         else f"{torch.get_num_threads()} CPU threads ({platform.machine()})"
     )
     return f"{gpu}, torch {torch.__version__.split('+')[0]}, Python {platform.python_version()}"
+
+
+def sample(target: Target, noise: Tensor, prompts: list[str] | None = None, steps: int = 50) -> Tensor:
+    """Pictures in [0, 1] after whole trajectories; without prompts, of a model without text."""
+    cond, null = (None, None) if prompts is None else (target.encode(prompts), target.encode([""]))
+    for step in denoise(target, noise, cond, null, steps=steps):
+        x = step.x_next
+    return target.decode(x)
 
 
 def write_block(document: Path, name: str, text: str, facts: Any = None) -> None:

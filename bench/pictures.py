@@ -10,8 +10,8 @@ import math
 import torch
 from PIL import Image
 
-from common import DOCS
-from mnemoscope import World, denoise, load
+from common import DOCS, sample
+from mnemoscope import World, load
 
 
 def grid(pictures: torch.Tensor, columns: int, gap: int = 2) -> Image.Image:
@@ -22,15 +22,6 @@ def grid(pictures: torch.Tensor, columns: int, gap: int = 2) -> Image.Image:
         y, x = divmod(i, columns)
         canvas[:, y * (h + gap) : y * (h + gap) + h, x * (w + gap) : x * (w + gap) + w] = picture
     return Image.fromarray((canvas.permute(1, 2, 0) * 255).round().byte().numpy())
-
-
-def sample(target, noise, prompts=None):
-    x = None
-    cond = None if prompts is None else target.encode(prompts)
-    null = None if prompts is None else target.encode([""])
-    for step in denoise(target, noise, cond, null, steps=50):
-        x = step.x_next
-    return target.decode(x)
 
 
 def main() -> None:

@@ -2,7 +2,8 @@
 
     python bench/world.py            about 15 minutes on 2 cores; continues where it was stopped; writes docs/model-card.md
 
-DDIM 50, 4 seeds, the guidance scale that the card recommends. Intervals: Clopper–Pearson for shares, bootstrap over captions for AUC.
+DDIM 50, 4 seeds, the guidance scale that the card recommends. Intervals: Clopper–Pearson for shares, bootstrap over pictures and
+families for AUC.
 A caption counts as copied if in at least 3 of 4 seeds the nearest of all training pictures is its own picture, above the similarity that
 the nearest training picture of different pictures exceeds in 1 % of searches.
 """
@@ -11,8 +12,6 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-
-import torch
 
 from common import DOCS, machine, markdown_table, write_block
 from mnemoscope import AuditConfig, Run, World, denoise, load, run_audit, stats
@@ -82,10 +81,16 @@ def null_copies(model: str) -> tuple[int, int, int]:
     return planted, anything, NULL_SAMPLES
 
 
+def clusters(prompts: list[PromptScore]) -> list[str]:
+    """What is not independent: captions of one picture, members of one family."""
+    cluster = {r.id: r.family or r.picture for r in World().rows}
+    return [cluster[p.prompt_id] for p in prompts]
+
+
 def auc_cell(positive: list[PromptScore], negative: list[PromptScore]) -> dict:
     scores = [p.score for p in positive + negative]
     labels = [True] * len(positive) + [False] * len(negative)
-    both = stats.cluster_bootstrap(stats.auc, scores, labels)
+    both = stats.cluster_bootstrap(stats.auc, scores, labels, clusters(positive + negative))
     return {
         "auc": round(both.value, 4),
         "low": round(both.low, 4),
@@ -162,7 +167,6 @@ def main() -> None:
         print(text)
     else:
         write_block(DOCS / "model-card.md", "measured-text-to-image", text, facts)
-    torch.set_grad_enabled(True)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import re
@@ -18,6 +17,7 @@ import torch
 from ..detect import calibrate
 from ..detect.base import Detector, build
 from ..errors import CannotAudit, RunError, UnknownName, UsageError
+from ..models import identity
 from ..models.base import Target
 from ..records.schema import Manifest
 from ..records.store import Run, differences, digest, sample_id
@@ -134,7 +134,7 @@ class Request:
                 "command": command,
                 "config": self.config.stored() | {"reference": self.reference},
                 "setting": self.setting,
-                "target": _plain(self.target.identity()),
+                "target": identity.plain(self.target.identity()),
                 "versions": versions(),
                 "machine": machine(self.target),
                 "started": now(),
@@ -195,13 +195,13 @@ def setting_of(config: AuditConfig, target: Target, detectors: Mapping[str, Dete
 
 def identity_of(target: Target) -> dict[str, Any]:
     """A target's identity without where it came from."""
-    return {k: v for k, v in _plain(target.identity()).items() if k not in calibrate.PROVENANCE}
+    return {k: v for k, v in identity.plain(target.identity()).items() if k not in calibrate.PROVENANCE}
 
 
 def calibration_setting(config: AuditConfig, target: Target, detector: Detector) -> dict[str, Any]:
     """What a calibrated score of this detector depends on."""
     return calibrate.setting_of(
-        _plain(target.identity()),
+        identity.plain(target.identity()),
         guidance=float(target.guidance if config.guidance is None else config.guidance),
         steps=config.steps,
         window=getattr(detector, "window", (0, detector.steps_needed)),
@@ -271,11 +271,7 @@ def _described(reference: Reference | None) -> dict[str, Any] | None:
 def _options(detector: Detector) -> dict[str, Any]:
     """A detector's public plain attributes: what it was built from, without what it will remember."""
     plain = (bool, int, float, str, tuple, list)
-    return _plain({k: v for k, v in vars(detector).items() if not k.startswith("_") and isinstance(v, plain)})
-
-
-def _plain(value: Any) -> Any:
-    return json.loads(json.dumps(value, default=str))
+    return identity.plain({k: v for k, v in vars(detector).items() if not k.startswith("_") and isinstance(v, plain)})
 
 
 def versions(packages: Iterable[str] = PACKAGES) -> dict[str, str]:
