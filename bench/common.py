@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from mnemoscope import Target, denoise
+from mnemoscope.similarity.pixels import ReferenceSet
 
 DOCS = Path(__file__).parent.parent / "docs"
 
@@ -31,6 +32,21 @@ def sample(target: Target, noise: Tensor, prompts: list[str] | None = None, step
     for step in denoise(target, noise, cond, null, steps=steps):
         x = step.x_next
     return target.decode(x)
+
+
+NULL_SAMPLES = 512
+
+
+def null_copies(target: Target, reference: ReferenceSet, repeated: set[str], steps: int = 50) -> tuple[int, int, int]:
+    """Samples of the branch without a prompt: copies of ``repeated`` pictures, copies of any reference, samples."""
+    null, known, anything = target.encode([""]), 0, 0
+    for start in range(0, NULL_SAMPLES, 64):
+        for step in denoise(target, target.noise(range(start, start + 64), base=1), null.expand(64), steps=steps):
+            x = step.x_next
+        for match in reference.nearest(target.decode(x)):
+            anything += bool(match.copy_found)
+            known += bool(match.copy_found) and match.reference in repeated
+    return known, anything, NULL_SAMPLES
 
 
 def write_block(document: Path, name: str, text: str, facts: Any = None) -> None:

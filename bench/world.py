@@ -13,15 +13,14 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from common import DOCS, machine, markdown_table, write_block
-from mnemoscope import AuditConfig, Run, World, denoise, load, run_audit, stats
+from common import DOCS, machine, markdown_table, null_copies, write_block
+from mnemoscope import AuditConfig, Run, World, load, run_audit, stats
 from mnemoscope.cli.screen import progress
 from mnemoscope.demo.run import group_name
 from mnemoscope.records.table import PromptScore, prompt_scores
 
 SEEDS, STEPS = 4, 50
 ORDINARY_IN_FULL = 200
-NULL_SAMPLES = 512
 WINDOWS = {"first step, n = 1": ((0, 1), 1), "first step, n = 4": ((0, 1), 4), "first 10 steps, n = 4": ((0, 10), 4),
            "last 10 steps, n = 4": ((40, 50), 4), "all 50 steps, n = 4": ((0, 50), 4)}  # fmt: skip
 
@@ -64,21 +63,6 @@ def copied(rows) -> dict[str, dict[str, int]]:
         here["own"] += bool(row.nearest.copy_found) and row.nearest.reference == own[row.prompt_id]
         here["concept"] += row.nearest.reference.split("-")[0] == own[row.prompt_id].split("-")[0]
     return found
-
-
-def null_copies(model: str) -> tuple[int, int, int]:
-    """Samples of the unconditional branch alone: copies of planted pictures, copies of anything, samples."""
-    world, target = World(), load(model)
-    null, planted, anything = target.encode([""]), 0, 0
-    names = {r.picture for r in world.of("planted")}
-    for start in range(0, NULL_SAMPLES, 64):
-        x = None
-        for step in denoise(target, target.noise(range(start, start + 64), base=1), null.expand(64), steps=STEPS):
-            x = step.x_next
-        for match in world.reference.nearest(target.decode(x)):
-            anything += bool(match.copy_found)
-            planted += bool(match.copy_found) and match.reference in names
-    return planted, anything, NULL_SAMPLES
 
 
 def clusters(prompts: list[PromptScore]) -> list[str]:
@@ -151,7 +135,8 @@ def main() -> None:
             cells[name] = auc_cell(positive, ordinary[name])
         facts["groups"][group]["auc"] = cells
         aucs.append([group, *(f"{c['auc']:.3f} [{c['low']:.3f}, {c['high']:.3f}]" for c in cells.values())])
-    planted, anything, n = null_copies(args.model)
+    world = World()
+    planted, anything, n = null_copies(load(args.model), world.reference, {r.picture for r in world.of("planted")})
     facts["null"] = {"planted": planted, "any": anything, "samples": n}
     text = "\n\n".join([
         f"Measured by `python bench/world.py` on {machine()}; guidance {facts['guidance']:g}, DDIM {STEPS}, {SEEDS} seeds, "

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -19,6 +20,11 @@ Space = Literal["eps", "velocity"]
 cross spaces, because Δε = (1 − t)·Δu vanishes where a flow starts sampling)."""
 
 
+def precise(x: Tensor) -> Tensor:
+    """``x`` in float32, or in float64 if it is: what predictions are compared in, however coarse the model is."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 @dataclass(frozen=True, slots=True)
 class Step:
     """One denoising step, seen from outside the model.
@@ -28,7 +34,8 @@ class Step:
         t: The model's own time at this step (a training timestep for DDPM-type models, in [0, 1] for flows).
         x: What the denoiser is shown, x_t = α_t x₀ + σ_t ε, ``[batch, channel, height, width]``. (Samplers that work in
             σ-space keep their state in another scale; it does not leave them.)
-        cond: Prediction with the prompt, in ``space``, float32, same shape as ``x``. For a model without text, the only one.
+        cond: Prediction with the prompt, in ``space``, float32 or better, same shape as ``x``. For a model without text, the
+            only one.
         uncond: Prediction with the empty prompt, or None where the model has no text or makes no second prediction.
         x_next: What the denoiser will be shown next; after the last step the sample x₀. None where it is not known yet (the
             step just seen by a watched pipeline).

@@ -1,6 +1,7 @@
 """One prompt, looked at closely, on a world whose answers are known."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -52,6 +53,17 @@ def test_copies_are_found_where_they_are(world):
     assert hit._repr_html_().count("<img ") == 4
 
 
+def test_a_picture_on_the_threshold_is_no_copy(world):
+    pictures = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    reference = ReferenceSet.of(["a"], torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(1)))
+    at = reference.similarities(pictures).item()
+    found = []
+    for threshold in (at, math.nextafter(at, -1)):
+        reference.threshold = threshold
+        found.append(reference.nearest(pictures)[0].copy_found)
+    assert found == [False, True]
+
+
 def test_html_is_escaped(world):
     assert "<script>" not in check(world, "<script>")._repr_html_()
 
@@ -68,6 +80,15 @@ def test_calibration_gives_p_and_refuses_to_travel(world):
     assert "threshold at 1 % FPR" in found.words
     with pytest.raises(UsageError, match="seeds"):
         check(world, "a cat", seeds=2, calibration=calibration)
+    with pytest.raises(UsageError, match=r"seeds: was 4, now \[4, 5, 6, 7\]"):
+        check(world, "a cat", seeds=[4, 5, 6, 7], calibration=calibration)
+    assert not found.borderline
+    # The prompt that set the threshold is on it, hence not above it.
+    on = max(range(99), key=ordinary.__getitem__)
+    at = check(world, f"ordinary {on}", calibration=calibration)
+    assert (at.score, at.above, at.p, at.borderline) == (calibration.threshold, False, 0.02, True)
+    assert "not above threshold at 1 % FPR (p = 0.02), borderline: within rounding of it" in at.words
+    assert at.to_dict()["borderline"] is True
 
 
 def test_bad_requests_get_a_sentence(world):

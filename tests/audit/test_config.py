@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
 
@@ -139,3 +140,40 @@ def test_error_budget_is_a_count_or_a_share() -> None:
     assert AuditConfig(max_errors=3).error_budget(1000) == 3
     assert AuditConfig(max_errors=0.05).error_budget(1000) == 50
     assert AuditConfig(max_errors=0).error_budget(1000) == 0
+
+
+class Fixed:
+    """A plugin without a window."""
+
+
+@pytest.fixture
+def plugin(monkeypatch: pytest.MonkeyPatch) -> None:
+    from mnemoscope.detect import base
+
+    known = {**base.installed(), "fixed": EntryPoint("fixed", f"{__name__}:Fixed", "mnemoscope.detectors")}
+    monkeypatch.setattr(base, "installed", lambda: known)
+
+
+def test_a_window_is_for_the_detectors_that_have_one(plugin: None) -> None:
+    assert AuditConfig().with_window(3) == AuditConfig(detectors=[{"name": "magnitude", "steps": 3}])
+    given = AuditConfig(detectors=["fixed", {"name": "magnitude", "steps": 9, "as": "lead"}], seeds=2)
+    expected = AuditConfig(detectors=["fixed", {"name": "magnitude", "steps": 3, "as": "lead"}], seeds=2)
+    assert given.with_window(3) == expected
+
+
+@pytest.mark.parametrize(
+    ("detectors", "says"),
+    [
+        (["fixed"], "window is 3, and fixed has no window of steps; leave --window out."),
+        (
+            ["magnitude", {"name": "magnitude", "steps": 9, "as": "lead"}],
+            "window 3 would make the detectors magnitude and lead the same; set the steps of each in the config file, and leave "
+            "--window out.",
+        ),
+        (["magnitud"], "no detector named 'magnitud'. Did you mean 'magnitude'?"),
+    ],
+)
+def test_a_window_that_fits_nobody_is_refused(plugin: None, detectors: list[Any], says: str) -> None:
+    with pytest.raises(UsageError) as e:
+        AuditConfig(detectors=detectors).with_window(3)
+    assert str(e.value).startswith(says)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ import pytest
 import torch
 from PIL import Image
 
+from mnemoscope.audit import request
 from mnemoscope.audit.batch import own_base
 from mnemoscope.audit.config import AuditConfig
 from mnemoscope.audit.plan import measure_speed, plan
@@ -29,8 +31,10 @@ from mnemoscope.models.base import Condition
 from mnemoscope.models.gaussian import Gaussian
 from mnemoscope.models.sampling import denoise
 from mnemoscope.records.schema import Row
-from mnemoscope.records.store import Run
+from mnemoscope.records.store import Run, digest
 from mnemoscope.records.table import prompt_scores
+from mnemoscope.report.html import write_report
+from mnemoscope.report.summary import read_summary
 from mnemoscope.similarity.pixels import ReferenceSet
 from mnemoscope.types import Latents
 
@@ -471,7 +475,8 @@ def test_nan_is_a_row_that_names_the_step(world: World, ask: Callable[..., Audit
     bad = [r for r in run.rows() if r.status == "error"]
     assert [r.prompt for r in bad] == ["a bad one"] * 4
     assert bad[0].error == (
-        "ModelFault: magnitude is nan at step 3 (t = 921); load the model in float32 or bfloat16, or check the checkpoint."
+        "ModelFault: gaussian predicted NaN or infinity at step 3 (t = 921) for 'a bad one' with seed 0; load the model in "
+        "float32 or bfloat16, or check the checkpoint."
     )
     assert not bad[0].scores
     rest = {
@@ -706,7 +711,8 @@ def test_a_picture_that_is_not_finite_is_an_error_row(big: World, ask: Callable[
     good, bad = run.rows()
     assert (good.status, bad.error) == (
         "ok",
-        "ModelFault: the picture is not finite after 2 steps; load the model in float32 or bfloat16, or check the checkpoint.",
+        "ModelFault: the picture is not finite, though all 2 steps are, for 'a cat' with seed 1; load the model in float32 or "
+        "bfloat16, or check the checkpoint.",
     )
     assert [p.name for p in (run.folder / "images").iterdir()] == [f"{good.id}.webp"]
 
@@ -745,9 +751,49 @@ def test_a_threshold_does_not_travel(world: World, ask: Callable[..., AuditConfi
     with pytest.raises(UnknownName, match="named 'magnitude'"):
         audit(ask(detectors=[steps(1, "first")], calibration=path), target=world)
     accepted = audit(ask(seeds=2, calibration=path, accept_threshold=True), target=world)
-    assert accepted.manifest.notes == [
-        "the threshold was accepted although it was made under another setting: seeds: was 4, now 2"
-    ]
+    assert accepted.manifest.accepted == ["seeds: was 4, now 2"]
+    summary = read_summary(accepted.folder)
+    assert (summary.above.n, summary.foreign, summary.seeds) == (5, ["seeds: was 4, now 2"], 2)
+    assert "made under another setting (seeds: was 4, now 2)" in summary.headline
+    # Asked again without it, nobody is judged and nothing is left of it.
+    plain = read_summary(audit(ask(seeds=2), target=world).folder)
+    assert (plain.above, plain.foreign) == (None, [])
+
+
+def test_a_threshold_belongs_to_its_bank(world: World, ask: Callable[..., AuditConfig], tmp_path: Path) -> None:
+    for mode in ("shared", "per-prompt"):
+        config = ask(prompts=ordinary(30), out=str(tmp_path / f"{mode}-ordinary"), seed_mode=mode, base_seed=1)
+        run, _ = calibrate(config, target=world, fpr=0.05)
+        same = {"calibration": str(run.folder / "thresholds.json"), "seed_mode": mode, "out": str(tmp_path / mode)}
+        audited = audit(ask(**same, base_seed=1), target=world)
+        assert read_summary(audited.folder).foreign == []
+        if mode == "shared":  # the noises of one bank are common to all scores
+            with pytest.raises(UsageError, match="base_seed: was 1, now 2"):
+                audit(ask(**same | {"out": str(tmp_path / "other")}, base_seed=2), target=world)
+        else:
+            audit(ask(**same | {"out": str(tmp_path / "other")}, base_seed=2), target=world)
+
+
+class Varied(Magnitude):
+    def __init__(self, variant: str):
+        super().__init__()
+        self.variant = variant
+
+
+def test_a_threshold_belongs_to_its_detector(world: World, ask: Callable[..., AuditConfig], tmp_path: Path) -> None:
+    config = ask(prompts=ordinary(30), out=str(tmp_path / "varied-ordinary"))
+    run, _ = calibrate(config, target=world, fpr=0.05, detectors=[Varied("one")])
+    path = str(run.folder / "thresholds.json")
+    audited = audit(ask(calibration=path), target=world, detectors=[Varied("one")])
+    assert read_summary(audited.folder).foreign == []
+    with pytest.raises(UsageError, match=r'method\.options\.variant: was "one", now "two"'):
+        audit(ask(calibration=path, out=str(tmp_path / "two")), target=world, detectors=[Varied("two")])
+    with pytest.raises(UsageError, match=r'method\.class: was "Varied", now "Magnitude"'):
+        audit(ask(calibration=path, out=str(tmp_path / "three")), target=world)
+    # A file copied by hand is seen through as well.
+    other = audit(ask(out=str(tmp_path / "four")), target=world, detectors=[Varied("two")])
+    (other.folder / "thresholds.json").write_bytes(Path(path).read_bytes())
+    assert read_summary(other.folder).foreign == ['method.options.variant: was "one", now "two"']
 
 
 def test_each_detector_gets_its_threshold(world: World, ask: Callable[..., AuditConfig]) -> None:
@@ -771,3 +817,90 @@ def test_rows_say_group_and_label(world: World, ask: Callable[..., AuditConfig])
     prompts: Sequence[Any] = [{"id": "7", "prompt": "a cat", "group": "planted", "label": True}]
     rows: list[Row] = list(audit(ask(prompts=prompts, seeds=1), target=world).rows())
     assert [(r.prompt_id, r.group, r.label) for r in rows] == [("7", "planted", True)]
+
+
+def test_labels_that_come_later_reach_the_rows_for_nothing(world: World, ask: Callable[..., AuditConfig]) -> None:
+    words = [digest(i) for i in range(20)]  # no two of them alike
+    scores = values(audit(ask(prompts=words, seeds=2), target=world))
+    before = world.forwards
+    columns = [{"id": f"n{i}", "prompt": w, "group": "new", "label": bool(i % 2)} for i, w in enumerate(words)]
+    run = audit(ask(prompts=columns, seeds=2), target=world)
+    assert world.forwards == before
+    assert values(run) == scores
+    assert {(r.prompt_id, r.label) for r in run.rows()} == {(f"n{i}", bool(i % 2)) for i in range(20)}
+    summary = read_summary(run.folder)
+    assert [g.name for g in summary.groups] == ["new"]
+    assert summary.discrimination[0].name == "magnitude"
+    assert (run.folder / "controls.json").exists()
+    again = audit(ask(prompts=words, seeds=2), target=world)
+    assert {(r.group, r.label) for r in again.rows()} == {(None, None)}
+    assert not (again.folder / "controls.json").exists()
+
+
+# Where it ran
+
+
+@pytest.fixture
+def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
+    """A git checkout with one commit, as the working directory; hands out git."""
+    if shutil.which("git") is None:
+        pytest.skip("git is not installed")
+    monkeypatch.setenv("GIT_CONFIG_GLOBAL", os.devnull)
+    monkeypatch.setenv("GIT_CONFIG_SYSTEM", os.devnull)
+    folder = tmp_path / "thesis"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+
+    def git(*words: str) -> str:
+        who = ["-c", "user.name=a", "-c", "user.email=a@example.org", "-c", "commit.gpgsign=false"]
+        return subprocess.run(["git", *who, *words], check=True, capture_output=True, text=True).stdout.strip()
+
+    git("init")
+    (folder / "prompts.txt").write_text("a cat\n")
+    git("add", ".")
+    git("commit", "-m", "first")
+    return git
+
+
+def test_a_run_knows_the_checkout_it_was_made_in(
+    world: World, ask: Callable[..., AuditConfig], checkout: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commit = checkout("rev-parse", "HEAD")
+    assert audit(ask(out="run"), target=world).manifest.git == {"commit": commit, "dirty": False}
+    # The run folder is there now, and untracked; an edit of a tracked file is another matter.
+    assert audit(ask(out="run"), target=world).manifest.git == {"commit": commit, "dirty": False}
+    Path("prompts.txt").write_text("a dog\n")
+    Path("below").mkdir()
+    monkeypatch.chdir("below")
+    monkeypatch.setenv("GIT_DIR", "/nowhere")  # as in a hook
+    run = audit(ask(out="../run"), target=world)
+    assert run.manifest.git == {"commit": commit, "dirty": True}
+    assert f"{commit}, with uncommitted changes" in write_report(run.folder).read_text()
+
+
+def test_no_checkout_no_commit_no_git(
+    tmp_path: Path, checkout: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    assert request.checkout() is None
+    (tmp_path / "new").mkdir()
+    monkeypatch.chdir(tmp_path / "new")
+    checkout("init")
+    assert request.checkout() is None
+    monkeypatch.chdir(tmp_path / "thesis")
+    assert request.checkout() is not None
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert request.checkout() is None
+
+
+@pytest.mark.skipif(os.name == "nt", reason="a shell script stands for git")
+def test_a_git_that_does_not_answer_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    slow = tmp_path / "git"
+    slow.write_text('#!/bin/sh\ncase "$*" in *rev-parse*) echo 3f2a ;; *) exec sleep 60 ;; esac\n')
+    slow.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setattr(request, "GIT_PATIENCE", 2.0)
+    began = time.monotonic()
+    assert request.checkout() == {"commit": "3f2a", "dirty": None}
+    assert time.monotonic() - began < 30

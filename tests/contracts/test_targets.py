@@ -8,19 +8,20 @@ from dataclasses import replace
 import pytest
 import torch
 
-from mnemoscope.detect.magnitude import magnitude
-from mnemoscope.errors import CannotAudit
-from mnemoscope.models.base import Schedule, Target, mix, noise_from_seeds
+from mnemoscope.detect.magnitude import Magnitude, magnitude
+from mnemoscope.errors import CannotAudit, ModelFault, UsageError
+from mnemoscope.models.base import Condition, Schedule, Target, mix, noise_from_seeds
 from mnemoscope.models.gaussian import Gaussian
 from mnemoscope.models.mixture import Mixture
 from mnemoscope.models.sampling import denoise, null_output
 
 CLOSED = {
     "gaussian": Gaussian.tiny,
-    "gaussian-flow": lambda: Gaussian.tiny(space="velocity"),
+    "gaussian-flow": lambda **options: Gaussian.tiny(space="velocity", **options),
     "mixture": Mixture.tiny,
 }
 TEXT = ["sd", "sd-v", "sd-x0", "sd2", *CLOSED]
+NETWORKS = ["sd", "sd2", "pixel", "gray", "ldm-kl", "ldm-vq"]
 ALL = [*TEXT, "pixel", "gray", "ldm-kl", "ldm-vq"]
 PROMPTS = ["a cat", "three white dots on a red field"]
 
@@ -28,6 +29,14 @@ PROMPTS = ["a cat", "three white dots on a red field"]
 @pytest.fixture
 def target(request, target_of) -> Target:
     return CLOSED[request.param]() if request.param in CLOSED else target_of(request.param)
+
+
+@pytest.fixture
+def double(request, build_pipe, adapt) -> Target:
+    """The same in float64, where differences are derivatives."""
+    if request.param in CLOSED:
+        return CLOSED[request.param](dtype=torch.float64)
+    return adapt(build_pipe(request.param).to(torch.float64))
 
 
 def every(*names):
@@ -130,6 +139,61 @@ def test_gradients_flow_to_the_tokens(target):
     target.predict(x, times(target), replace(cond, tokens=tokens)).square().sum().backward()
     assert tokens.grad is not None
     assert (tokens.grad.abs().sum((1, 2)) > 0).all()
+
+
+# Not the mixture: an ordinary prompt excludes the memorized picture, and at the weight 0 its gradient is one-sided.
+@pytest.mark.parametrize("double", [kind for kind in TEXT if kind != "mixture"], indirect=True)
+def test_gradient_of_the_magnitude_is_its_finite_difference(double):
+    """∂‖ε(x, e_p) − ε(x, e_∅)‖/∂e_p, per image: along itself, along single tokens, and not at all along the null prompt."""
+    noise, cond, null = double.noise([0, 1]), double.encode(PROMPTS), double.encode([""])
+    t = double.schedule(50).timesteps[0]
+    null = replace(null, tokens=null.tokens.clone().requires_grad_())
+    u = double.to_space(null_output(double, noise, null), noise, t)
+
+    def score(tokens):
+        return magnitude(double.predict(noise.to(double.dtype), t, replace(cond, tokens=tokens)), u)
+
+    leaf = cond.tokens.clone().requires_grad_()
+    d = score(leaf)
+    d.sum().backward()
+    assert d.dtype == torch.float64
+    assert null.tokens.grad is None
+    seen = leaf.grad.flatten(2).norm(dim=2).argsort(dim=1, descending=True)
+    directions = [leaf.grad, torch.randn(leaf.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)]
+    for rank in (0, 1):  # the two tokens that matter most
+        single = torch.zeros_like(leaf)
+        for row, token in enumerate(seen[:, rank]):
+            single[row, token] = directions[1][row, token]
+        directions.append(single)
+    for direction in directions:
+        unit = direction / direction.flatten(1).norm(dim=1)[:, None, None]
+        h = 1e-4
+        with torch.no_grad():
+            difference = (score(leaf + h * unit) - score(leaf - h * unit)) / (2 * h)
+        torch.testing.assert_close((leaf.grad * unit).sum((1, 2)), difference, rtol=1e-5, atol=1e-8)
+    assert (leaf.grad.flatten(1).norm(dim=1) > 1e-3).all()
+
+
+@pytest.mark.parametrize("double", TEXT, indirect=True)
+def test_order_of_null_and_prompt_in_the_batch_is_irrelevant(double):
+    """Published code has had them swapped: neither the magnitude nor its gradient may notice, and the null row has none."""
+    noise, cond, null = double.noise([0]).to(double.dtype), double.encode(["a cat"]), double.encode([""])
+    t = double.schedule(50).timesteps[0]
+    found = []
+    for order in (1, -1):
+        batch = Condition.cat([null, cond][::order])
+        tokens = batch.tokens.clone().requires_grad_()
+        out = double.predict(noise.expand(2, -1, -1, -1), t, replace(batch, tokens=tokens))
+        u, c = out.split(1)[::order]
+        d = magnitude(c, u.detach())
+        d.sum().backward()
+        gradient = tokens.grad.split(1)[::order]
+        assert (gradient[0] == 0).all()
+        found.append((d.detach(), gradient[1]))
+    step = next(denoise(double, noise, cond, null, guidance=3.0))
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(magnitude(step.cond, step.uncond), found[0][0], rtol=1e-9, atol=0)
 
 
 @every()
@@ -242,6 +306,25 @@ def test_magnitude_does_not_depend_on_order_sharding_or_the_cached_null(target):
 
 
 @every(*TEXT)
+def test_later_windows_and_more_seeds_are_slices_of_one_run(target):
+    cond, noise = target.encode(["a cat"]), target.noise([0, 1, 2, 3])
+
+    def scores(seeds, steps):
+        detector = Magnitude(steps=steps)
+        for step in denoise(target, noise[:seeds], cond.expand(seeds), null_of(target), steps=6, guidance=3.0):
+            if step.index >= steps:
+                break
+            detector.update(step)
+        return detector.per_step(), detector.compute()
+
+    whole, _ = scores(4, 6)
+    for seeds, steps in ((1, 1), (2, 3), (4, 2), (3, 6)):
+        per_step, score = scores(seeds, steps)
+        torch.testing.assert_close(per_step, whole[:seeds, :steps], rtol=2e-4, atol=1e-6)
+        torch.testing.assert_close(score, whole[:seeds, :steps].mean(1), rtol=2e-4, atol=1e-6)
+
+
+@every(*TEXT)
 def test_joint_norm_is_root_n_times_the_rms(target):
     """What a norm over a whole batch (as published in places) has to do with norms per image."""
     step = run(target, target.noise([0, 1, 2]), target.encode(["a cat"]).expand(3))[0]
@@ -268,6 +351,47 @@ def test_without_text_says_so(target):
     for call in (lambda: target.encode(["a cat"]), lambda: target.tokens("a cat"), lambda: target.dropped("a cat")):
         with pytest.raises(CannotAudit, match="takes no text"):
             call()
+
+
+# One sentence with the cure
+
+
+@every(*TEXT)
+@pytest.mark.parametrize("guidance", [1.0, 0.0])
+def test_guidance_off_says_so_before_anything_is_computed(target, guidance):
+    before = target.forwards
+    with pytest.raises(CannotAudit, match=r"Guidance is off \([01]\).*set guidance above 1, for instance 7\.5"):
+        denoise(target, target.noise([0]), conditions(target, 1), null_of(target), guidance=guidance)
+    assert target.forwards == before
+
+
+@every()
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_prediction_that_is_not_finite_is_named_with_its_step(target, value, monkeypatch):
+    output, times = target.output, target.schedule(4).timesteps
+
+    def broken(x, t, cond=None):
+        out = output(x, t, cond)
+        if t == times[2]:
+            out[-1, 0, 0, 0] = value
+        return out
+
+    monkeypatch.setattr(target, "output", broken)
+    where = rf"at step 2 \(t = {float(times[2]):g}\) for sample 1 of the batch"
+    with pytest.raises(ModelFault, match=rf"{target.name} predicted NaN or infinity {where}; load it in float32"):
+        run(target, target.noise([0, 1]), conditions(target), check=True)
+
+
+@pytest.mark.parametrize("kind", NETWORKS)
+def test_sizes_out_of_range_are_refused_with_those_that_fit(kind, build_pipe, adapt):
+    pipe = build_pipe(kind)
+    own = adapt(pipe)
+    side = own.latent_shape[1] * own.factor
+    for wrong in (side + 1, side // 4, side * 4, 0):
+        with pytest.raises(
+            UsageError, match=rf"resolution {wrong}×{wrong}: tiny was trained at {side}×{side}; use multiples"
+        ):
+            adapt(pipe, resolution=wrong)
 
 
 def test_mixed_seeds():

@@ -11,12 +11,33 @@ from hypothesis import strategies as st
 
 from mnemoscope import stats
 from mnemoscope.detect import calibrate
-from mnemoscope.detect.calibrate import Calibration, setting_of
+from mnemoscope.detect.calibrate import Calibration, method_of, setting_of
+from mnemoscope.detect.magnitude import Magnitude
 from mnemoscope.errors import RunError, UsageError
 from mnemoscope.records.schema import Thresholds
 
 IDENTITY = {"unet": "ab12", "dtype": "float32", "resolution": 64, "scheduler": {"name": "DDIM", "steps_offset": 1}}
-OTHERWISE = {"guidance": 7.5, "steps": 50, "window": (0, 1), "seeds": 4, "seed_mode": "shared"}
+OTHERWISE = {
+    "guidance": 7.5,
+    "steps": 50,
+    "window": (0, 1),
+    "seeds": 4,
+    "seed_mode": "shared",
+    "base_seed": 0,
+    "method": method_of(Magnitude()),
+}
+
+
+class Sharper(Magnitude):
+    """Another method under the same name."""
+
+
+class Varied(Magnitude):
+    """The same method with an option."""
+
+    def __init__(self, steps=1, variant="plain"):
+        super().__init__(steps)
+        self.variant = variant
 
 
 def made_with(**changes):
@@ -72,8 +93,13 @@ def test_borderline_is_flagged_by_the_models_rounding():
         assert made.borderline(at * (1 + 0.99 * rtol))
         assert made.borderline(at * (1 - 0.99 * rtol))
         assert not made.borderline(at * (1 + 1.01 * rtol))
+        assert made.record.rounding == pytest.approx(rtol)
     assert not fit().borderline(at + 0.01, rtol=1e-6)
     assert not Calibration.fit(range(200), {"target": "by name"}, detector="m").borderline(at + 1)
+    # What is stored decides; a file of before it was stored goes by its dtype.
+    record = fit(dtype="float16").record
+    assert Calibration(record.model_copy(update={"rounding": 1e-6})).borderline(at * (1 + 1e-5)) is False
+    assert Calibration(record.model_copy(update={"rounding": None})).borderline(at * (1 + 1e-2)) is True
     # The flag never changes the call.
     assert fit().above(at * (1 + 1e-9))
     assert not fit().above(at)
@@ -99,7 +125,10 @@ def test_the_same_setting_passes():
         ({"steps": 20}, "steps: was 50, now 20"),
         ({"window": (0, 50)}, "window: was [0, 1], now [0, 50]"),
         ({"seeds": 1}, "seeds: was 4, now 1"),
-        ({"seed_mode": "per-prompt"}, 'seed_mode: was "shared", now "per-prompt"'),
+        ({"base_seed": 1}, "base_seed: was 0, now 1"),
+        ({"seeds": [4, 5, 6, 7]}, "seeds: was 4, now [4, 5, 6, 7]"),
+        ({"method": method_of(Sharper())}, 'method.class: was "Magnitude", now "Sharper"'),
+        ({"method": method_of(Magnitude()) | {"name": "size"}}, 'method.name: was "magnitude", now "size"'),
     ],
 )
 def test_another_setting_is_refused_by_name(change, named):
@@ -108,6 +137,48 @@ def test_another_setting_is_refused_by_name(change, named):
         made.check(made_with(**change))
     assert f"({named}); recalibrate with `mnemoscope calibrate`, or pass --accept-threshold" in str(caught.value)
     assert made.check(made_with(**change), accept=True) == [named]
+
+
+def test_a_detector_of_the_same_name_and_other_options_has_a_threshold_of_its_own():
+    made = fit(method=method_of(Varied(variant="plain")))
+    assert made.check(made_with(method=method_of(Varied(variant="plain")))) == []
+    with pytest.raises(UsageError, match=r'\(method\.options\.variant: was "plain", now "squared"\)'):
+        made.check(made_with(method=method_of(Varied(variant="squared"))))
+    # The window stands for itself, once.
+    other = made_with(method=method_of(Varied(steps=5)), window=(0, 5))
+    assert made.check(other, accept=True) == ["window: was [0, 1], now [0, 5]"]
+
+
+def test_another_bank_of_noises_needs_another_threshold_and_own_noises_do_not():
+    assert fit(base_seed=3).check(made_with(base_seed=3)) == []
+    own = {"seed_mode": "per-prompt"}
+    assert fit(**own, base_seed=3).check(made_with(**own, base_seed=4)) == []
+    assert fit().check(made_with(**own), accept=True) == [
+        "base_seed: was 0, now null",
+        'seed_mode: was "shared", now "per-prompt"',
+    ]
+    assert fit().check(made_with(seeds=[0, 1, 2, 3])) == []
+    assert fit().check(made_with(seeds=[1, 0, 2, 3]), accept=True)
+
+
+def mean_of_bank(base, prompts):
+    """Scores whose noises are those of one bank: what the bank adds is the same for every prompt."""
+    return np.random.default_rng([1, base]).normal() + np.random.default_rng([2, *prompts]).normal(size=len(prompts))
+
+
+def test_why_the_bank_matters():
+    """In shared mode a threshold keeps its rate under its own bank, and loses it under another."""
+    rates = {}
+    for same in (True, False):
+        above = [
+            Calibration.fit(mean_of_bank(base, range(base, base + 99)), made_with(), detector="m", fpr=0.05).above(
+                mean_of_bank(base if same else base + 5000, [100_000 + base])[0]
+            )
+            for base in range(400)
+        ]
+        rates[same] = np.mean(above)
+    assert rates[True] <= 0.05 + 3 * (0.05 * 0.95 / 400) ** 0.5
+    assert rates[False] > 0.1
 
 
 def test_every_difference_is_named_and_so_is_the_file(tmp_path):
@@ -199,7 +270,7 @@ def test_no_bytes_crash_the_reader(tmp_path_factory, content):
 def test_no_file(tmp_path):
     with pytest.raises(UsageError, match=r"cannot be read .*mnemoscope calibrate"):
         Calibration.load(tmp_path / "thresholds.json")
-    with pytest.raises(UsageError, match="cannot be read"):
+    with pytest.raises(UsageError, match=r"holds no thresholds\.json; write one with `mnemoscope calibrate`"):
         Calibration.load(tmp_path)
 
 

@@ -8,9 +8,11 @@ import shutil
 
 import pytest
 import torch
-from diffusers import PNDMScheduler
+from diffusers import DiffusionPipeline, PNDMScheduler
 from safetensors.torch import load_file, save_file
 
+from mnemoscope.detect.calibrate import Calibration, setting_of
+from mnemoscope.errors import UsageError
 from mnemoscope.models import identity
 from mnemoscope.models.load import load
 
@@ -31,14 +33,76 @@ def test_what_it_says(folder):
     assert found["scheduler"]["class"] == "DDIMScheduler"
     assert found["scheduler"]["prediction_type"] == "epsilon"
     assert (found["dtype"], found["resolution"], found["adapters"]) == ("float32", [16, 16], [])
-    assert set(found["weights"]) == {
+    assert set(found["weights"]) == {"unet", "vae", "text_encoder"}
+    assert set(found["files"]) == {
         "unet/diffusion_pytorch_model.safetensors",
         "vae/diffusion_pytorch_model.safetensors",
         "text_encoder/model.safetensors",
     }
     file = folder / "unet" / "diffusion_pytorch_model.safetensors"
-    assert found["weights"]["unet/diffusion_pytorch_model.safetensors"] == hashlib.sha256(file.read_bytes()).hexdigest()
+    assert found["files"]["unet/diffusion_pytorch_model.safetensors"] == hashlib.sha256(file.read_bytes()).hexdigest()
     assert json.loads(json.dumps(found)) == found
+
+
+def test_a_folder_and_a_pipeline_in_memory_are_the_same_model(folder, build_pipe):
+    """So a calibration made with the one holds for the other."""
+    stored, ready = load(folder).identity(), load(build_pipe("sd")).identity()
+    assert stored["fingerprint"] == ready["fingerprint"]
+    assert ready["files"] == {}
+    setting = {"guidance": 7.5, "steps": 50, "window": (0, 1), "seeds": 4, "seed_mode": "shared"}
+    made = Calibration.fit(range(99), setting_of(stored, **setting), detector="magnitude", fpr=0.05)
+    assert made.check(setting_of(ready, **setting)) == []
+    other = load(build_pipe("sd", seed=1)).identity()
+    with pytest.raises(UsageError, match=r"target\.weights\.unet: was"):
+        made.check(setting_of(other, **setting))
+
+
+def test_how_files_are_cut_and_named_does_not_matter(folder, tmp_path):
+    """Shards, and half precision stored apart, hold the same weights once they are loaded."""
+    whole, cut = load(folder, dtype="float16"), tmp_path / "cut"
+    shutil.copytree(folder, cut)
+    shutil.rmtree(cut / "unet")
+    load(folder).unet.save_pretrained(cut / "unet", max_shard_size="50KB")
+    half = DiffusionPipeline.from_pretrained(folder).to(torch.float16)
+    half.save_pretrained(tmp_path / "half", variant="fp16")
+    assert len(list((cut / "unet").glob("*.safetensors"))) > 1
+    for other in (load(cut, dtype="float16"), load(tmp_path / "half", variant="fp16", dtype="float16")):
+        assert other.identity()["files"] != whole.identity()["files"]
+        assert fingerprint(other) == fingerprint(whole)
+
+
+def test_how_modules_are_wrapped_does_not_matter(build_pipe):
+    class Compiled(torch.nn.Module):
+        """What torch.compile makes of names."""
+
+        def __init__(self, module):
+            super().__init__()
+            self._orig_mod = module
+
+    pipe = build_pipe("sd")
+    plain = identity.weights({"unet": pipe.unet, "text_encoder": pipe.text_encoder})
+    wrapped = identity.weights({"unet": Compiled(pipe.unet), "text_encoder": Compiled(pipe.text_encoder)})
+    assert wrapped == plain
+
+
+def test_a_lora_is_its_tensors_and_their_factor(build_pipe):
+    peft = pytest.importorskip("peft")
+
+    def made(name="cats", alpha=8.0, seed=0, scale=1.0):
+        unet = build_pipe("sd").unet
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            unet.add_adapter(peft.LoraConfig(r=4, lora_alpha=alpha, target_modules=["to_q"]), name)
+        unet.set_adapters([name], [scale])
+        (adapter,) = identity.adapters({"unet": unet})
+        return adapter, identity.weights({"unet": unet})["unet"]
+
+    adapter, base = made()
+    assert base == identity.weights({"unet": build_pipe("sd").unet})["unet"]  # what it was added to is still the same
+    assert made(name="dogs")[0] == {**adapter, "name": "dogs"}
+    assert made(scale=0.5)[0] == {**adapter, "scale": 0.5}
+    hashes = [adapter["sha256"], made(alpha=4.0)[0]["sha256"], made(seed=1)[0]["sha256"]]
+    assert len(set(hashes)) == 3
 
 
 def test_a_copy_elsewhere_is_the_same_model(folder, tmp_path):

@@ -8,11 +8,13 @@ import shutil
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 from original_layout import to_single_file
 from safetensors.torch import load_file, save_file
 
 from mnemoscope.errors import CannotAudit, MnemoscopeError, UnknownName, UsageError
 from mnemoscope.models import load as load_module
+from mnemoscope.models import sources
 from mnemoscope.models.gaussian import Gaussian
 from mnemoscope.models.load import adapter_for, load
 from mnemoscope.models.sampling import denoise
@@ -124,8 +126,8 @@ def test_keywords_pass_through_unread(saved, build_pipe):
     vae = build_pipe("sd", seed=1).vae
     target = load(saved("sd"), vae=vae)
     assert target.vae is vae
-    assert "vae (tensors)" in target.identity()["weights"]
-    assert "unet/diffusion_pytorch_model.safetensors" in target.identity()["weights"]
+    assert "unet/diffusion_pytorch_model.safetensors" in target.identity()["files"]
+    assert not any(name.startswith("vae/") for name in target.identity()["files"])
 
 
 def test_variant(saved, build_pipe, tmp_path):
@@ -134,8 +136,8 @@ def test_variant(saved, build_pipe, tmp_path):
     pipe.to(torch.float16).save_pretrained(tmp_path / "m", variant="fp16")
     half = load(tmp_path / "m", variant="fp16")
     full = load(tmp_path / "m")
-    assert "unet/diffusion_pytorch_model.fp16.safetensors" in half.identity()["weights"]
-    assert "unet/diffusion_pytorch_model.safetensors" in full.identity()["weights"]
+    assert "unet/diffusion_pytorch_model.fp16.safetensors" in half.identity()["files"]
+    assert "unet/diffusion_pytorch_model.safetensors" in full.identity()["files"]
     with pytest.raises(CannotAudit, match="variant"):
         load(saved("sd"), variant="fp16")
 
@@ -176,6 +178,7 @@ def test_lora(saved, build_pipe, tmp_path):
     half = load(saved("sd"), lora={str(tmp_path): 0.5})
     (adapter,) = full.identity()["adapters"]
     assert (adapter["name"], adapter["scale"], adapter["active"]) == ("cats", 1.0, True)
+    assert "lora/cats/cats.safetensors" in full.identity()["files"]
     assert half.identity()["adapters"][0]["scale"] == 0.5
     assert len({t.identity()["fingerprint"] for t in (plain, full, half)}) == 3
     assert (scores(full) - scores(plain)).abs().max() > 1e-3
@@ -184,8 +187,8 @@ def test_lora(saved, build_pipe, tmp_path):
     # A user's own pipeline, with the LoRA loaded by hand.
     pipe = build_pipe("sd")
     pipe.load_lora_weights(str(tmp_path), weight_name="cats.safetensors", adapter_name="mine")
-    (adapter,) = load(pipe).identity()["adapters"]
-    assert (adapter["name"], adapter["active"], len(adapter["sha256"])) == ("mine", True, 64)
+    (mine,) = load(pipe).identity()["adapters"]
+    assert mine == {**adapter, "name": "mine"}
     pipe.disable_lora()
     assert not load(pipe).identity()["adapters"][0]["active"]
 
@@ -216,7 +219,8 @@ def test_single_file(saved, build_pipe, tmp_path):
     x = target.noise([0])
     torch.testing.assert_close(target.decode(x), load(saved("sd")).decode(x))
     assert target.name == "sd-v1.safetensors"
-    assert list(target.identity()["weights"]) == ["sd-v1.safetensors"]
+    assert list(target.identity()["files"]) == ["sd-v1.safetensors"]
+    assert target.identity()["fingerprint"] == load(saved("sd")).identity()["fingerprint"]
 
 
 def test_single_file_in_words(saved, tmp_path):
@@ -263,7 +267,52 @@ def test_offline_and_not_cached(tmp_path, options):
         load("org/model", cache_dir=str(tmp_path), **options)
 
 
+@pytest.mark.parametrize(
+    ("error", "sentence"),
+    [
+        (GatedRepoError, "org/model is gated: accept its license on its hub page, then run `hf auth login`"),
+        (RepositoryNotFoundError, "no folder and no hub repository org/model; a private one needs `hf auth login`"),
+        (RevisionNotFoundError, "org/model has no revision 'v2' on the hub"),
+        (OSError, "org/model offers its weights as pickle only.*choose one with safetensors"),
+    ],
+)
+def test_what_the_hub_refuses(error, sentence, monkeypatch):
+    def refuse(*args, **options):
+        raised = error.__new__(error)  # the hub's own errors want an HTTP response
+        Exception.__init__(raised, "no safetensors weights" if error is OSError else "refused")
+        raise raised
+
+    monkeypatch.setattr(sources.DiffusionPipeline, "download", refuse)
+    with pytest.raises(CannotAudit, match=sentence):
+        load("org/model", revision="v2")
+
+
 # What is wrong with it
+
+
+@pytest.mark.parametrize("kind", ["sd", "sd2", "pixel", "ldm-kl", "ldm-vq"])
+def test_every_kind_of_model_says_what_it_lacks(kind, saved, tmp_path):
+    """Each part of each kind: its weights as pickle, gone, or the whole folder gone; and a precision nobody knows."""
+    parts = [p.name for p in saved(kind).iterdir() if p.is_dir()]
+    assert {"unet", "scheduler"} <= set(parts)
+    for part in parts:
+        folder = shutil.copytree(saved(kind), tmp_path / part)
+        for weights in (folder / part).glob("*.safetensors"):
+            pickle = weights.rename(weights.with_suffix(".bin"))
+            with pytest.raises(
+                CannotAudit, match=rf"{part} holds its weights as pickle only.*ask its author for safetensors"
+            ):
+                load(folder)
+            pickle.unlink()
+            with pytest.raises(
+                CannotAudit, match=rf"{part} has no weights.*download or copy the model again, completely"
+            ):
+                load(folder)
+        shutil.rmtree(folder / part)
+        with pytest.raises(CannotAudit, match=f"has no {part}, which its model_index.json names; download or copy"):
+            load(folder)
+    with pytest.raises(UnknownName, match=r"no dtype named 'float61'\. Did you mean 'float64'"):
+        load(saved(kind), dtype="float61")
 
 
 @pytest.mark.parametrize(
@@ -328,6 +377,7 @@ def test_weights_that_do_not_fit(folder):
         ("StableDiffusion3Pipeline", "rectified-flow models come later"),
         ("StableDiffusionXLPipeline", "Stable Diffusion XL comes later"),
         ("LatentConsistencyModelPipeline", "distilled with guidance inside"),
+        ("StableDiffusionInpaintPipeline", "inpainting models need a picture as input"),
         ("SomethingElse", r"cannot be audited yet\. Supported: DDIMPipeline"),
     ],
 )

@@ -356,6 +356,131 @@ def test_folders_of_shards_merge_into_one_run(tmp_path: Path) -> None:
     assert half.manifest.status == "incomplete"
 
 
+def part(folder: Path, *rows: Row, **manifest: object) -> Run:
+    """A shard's folder, closed as an audit closes it."""
+    run = Run.open(folder, Manifest.model_validate({"asked": 3} | manifest))
+    write(run, *rows)
+    run.update(notes=[*run.manifest.notes, *run.tally().notes], status="incomplete")
+    return run
+
+
+def test_a_tally_counts_what_is_open(run: Run) -> None:
+    write(run, row("a", tokens_dropped=2), row("b", status="error", error="x"))
+    assert run.tally().notes == [
+        "1 of 2 prompts were truncated by the text encoder",
+        "1 of 3 samples failed; the same command tries them again",
+        "1 of 3 samples have not been run yet; the same command continues",
+    ]
+    assert not run.tally().complete
+    write(run, row("b"), row("c"))
+    assert (run.tally().ok, run.tally().complete) == (3, True)
+
+
+def test_a_merged_run_says_what_is_open_now(tmp_path: Path) -> None:
+    own = {"notes": ["a note"], "started": "2026-01-02", "ended": "2026-01-03", "doses": {"planted": 8}}
+    later = {
+        "notes": ["a note", "another"],
+        "started": "2026-01-01",
+        "ended": "2026-01-04",
+        "accepted": ["seeds: was 4, now 2"],
+    }
+    runs = [
+        part(tmp_path / "0", row("a"), row("b", status="error", error="x"), **own),
+        part(tmp_path / "1", row("b", tokens_dropped=1), row("c"), **later),
+    ]
+    assert len(runs[0].manifest.notes) == 3
+    merged = Run.merge(tmp_path / "all", runs).manifest
+    assert merged.notes == ["a note", "another", "1 of 3 prompts were truncated by the text encoder"]
+    assert (merged.started, merged.ended, merged.doses) == ("2026-01-01", "2026-01-04", {"planted": 8})
+    assert merged.accepted == ["seeds: was 4, now 2"]
+    assert Run.merge(tmp_path / "one", runs[:1]).manifest.notes == [
+        "a note",
+        "1 of 3 samples failed; the same command tries them again",
+        "1 of 3 samples have not been run yet; the same command continues",
+    ]
+
+
+def test_what_parts_are_judged_by_stays_with_the_merged_run(tmp_path: Path) -> None:
+    runs = [part(tmp_path / f"{k}", row(f"{k}")) for k in range(2)]
+    for i, run in enumerate(runs):  # the same, in another layout
+        (run.folder / "thresholds.json").write_text(json.dumps({"threshold": 4.2, "fpr": 0.01}, indent=i))
+    (runs[1].folder / "controls.json").write_text('{"prompts": []}')  # of a part that was done
+    merged = Run.merge(tmp_path / "all", runs)
+    assert json.loads((merged.folder / "thresholds.json").read_text()) == {"threshold": 4.2, "fpr": 0.01}
+    assert (merged.folder / "controls.json").read_text() == '{"prompts": []}'
+
+
+@pytest.mark.parametrize(
+    ("name", "other", "says"),
+    [
+        ("thresholds.json", '{"threshold": 5}', "hold different thresholds.json (threshold: was 4, now 5)"),
+        ("thresholds-five.json", '{"threshold": 5}', "hold different thresholds-five.json (threshold: was 4, now 5)"),
+        ("controls.json", '{"threshold": 5}', "hold different controls.json (threshold: was 4, now 5)"),
+        ("thresholds.json", "{", "hold different thresholds.json (one of them does not parse)"),
+        ("thresholds.json", None, "is judged by thresholds.json and"),
+    ],
+)
+def test_parts_that_are_judged_differently_do_not_merge(
+    tmp_path: Path, name: str, other: str | None, says: str
+) -> None:
+    runs = [part(tmp_path / f"{k}", row(f"{k}")) for k in range(2)]
+    for run, content in zip(runs, ('{"threshold": 4}', other), strict=True):
+        if content is not None:
+            (run.folder / name).write_text(content)
+    with pytest.raises(RunError) as e:
+        Run.merge(tmp_path / "all", runs)
+    assert says in str(e.value)
+    assert str(runs[1].folder) in str(e.value)
+    assert not (tmp_path / "all").exists()
+
+
+# What rows say about their prompts
+
+
+def test_rows_take_over_what_is_known_now(run: Run) -> None:
+    scores = {"magnitude": Score(value=0.1 + 0.2, space="eps", per_step=[1e-7, 1 / 3])}
+    write(run, row("a", scores=scores, group="old", label=True), row("b", status="error", error="x"))
+    write(run, row("c"), row("d"), shard=2)
+    before = {r.id: r for r in run.rows()}
+    facts = {
+        "a": {"group": "planted", "label": None},
+        "b": {"label": False},
+        "c": {"prompt_id": "p-c", "group": None},
+        "nowhere": {"label": True},
+    }
+    assert run.amend(facts) == 2
+    after = {r.id: r for r in run.rows()}
+    assert after["a"] == before["a"].model_copy(update=facts["a"])
+    assert after["b"] == before["b"].model_copy(update=facts["b"])
+    assert (after["c"], after["d"]) == (before["c"], before["d"])
+    assert run.amend(facts) == 0
+
+
+def test_only_files_that_change_are_touched_and_only_when_nobody_writes_them(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(run, row("a"))
+    write(run, row("b"), shard=1)
+    with Writer(run, 1):
+        assert run.amend({"a": {"label": True}}) == 1
+        with pytest.raises(RunError, match="is being written by another process; wait for it to end"):
+            run.amend({"b": {"label": True}})
+
+    def killed(_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run.amend({"a": {"label": False}, "b": {"label": False}})
+    assert {r.id: r.label for r in run.rows()} == {"a": True, "b": None}
+    assert sorted(p.name for p in run.folder.iterdir() if not p.name.startswith(".lock")) == [
+        "run.json",
+        "samples-1.jsonl",
+        "samples.jsonl",
+    ]
+
+
 def test_runs_of_other_settings_do_not_merge(tmp_path: Path) -> None:
     runs = [Run.open(tmp_path / f"{g}", Manifest(setting={"guidance": g})) for g in (7.5, 3.0)]
     with pytest.raises(RunError, match=r"different settings \(guidance: was 7.5, now 3.0\)"):

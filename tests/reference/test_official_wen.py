@@ -8,10 +8,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mnemoscope.detect.magnitude import Magnitude
+from mnemoscope.detect.magnitude import Magnitude, magnitude
 from mnemoscope.models.base import Condition
 from mnemoscope.models.load import load
-from mnemoscope.models.sampling import denoise
+from mnemoscope.models.sampling import denoise, null_output
 
 
 @pytest.fixture(scope="module")
@@ -61,3 +61,16 @@ def test_final_latents(tensors, ours):
     """Their scale is about 10; the guided trajectory carries rounding along for fifty steps."""
     expected = torch.stack([tensors[f"x0.{i}"] for i in range(5)])
     torch.testing.assert_close(ours[2], expected, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("i", range(4))
+def test_gradient_with_respect_to_each_token(official_wen, reference, tensors, i):
+    """One embedding shared by four images, the norm over all of them, and 2n: as the official code has it."""
+    target = load(official_wen / "model")
+    noise, cond, null = tensors[f"xT.{i}"], target.encode([reference["prompts"][i]]), target.encode([""])
+    leaf = Condition(cond.tokens.requires_grad_())
+    uncond = null_output(target, noise, null)  # ε-prediction: the raw output is ε
+    d = magnitude(target.predict(noise, target.schedule(50).timesteps[0], leaf.expand(4)), uncond)
+    (gradient,) = torch.autograd.grad(d.square().sum().sqrt(), leaf.tokens)
+    expected = torch.tensor(reference["rows"][i]["token_grad_step0_joint_over_2n"])
+    torch.testing.assert_close(gradient[0].norm(dim=1) / 8, expected, rtol=1e-4, atol=1e-6)

@@ -81,7 +81,7 @@ def make_run(
 ) -> Path:
     """Write a run folder; ``prompts`` replaces the text of single prompts."""
     rng = np.random.default_rng(7)
-    run = Run.open(folder, _manifest(per_group * len(CHANCE) * seeds, manifest))
+    run = Run.open(folder, _manifest(per_group * len(CHANCE) * seeds, seeds, manifest))
     rows: list[Row] = []
     with Writer(run) as writer:
         for g, group in enumerate(CHANCE):
@@ -125,7 +125,7 @@ def _row(rng, writer, text, prompt_id, group, seed, concept, pull, pictures, ref
         similarity=similarity,
         descriptor="pixels",
         threshold=0.9,
-        copy_found=similarity >= 0.9,
+        copy_found=similarity > 0.9,
         file=f"reference/{concept:02d}.webp" if pictures else None,
     )
     return Row(
@@ -144,11 +144,17 @@ def _row(rng, writer, text, prompt_id, group, seed, concept, pull, pictures, ref
     )
 
 
-def _manifest(asked: int, changes: dict) -> Manifest:
+def _manifest(asked: int, seeds: int, changes: dict) -> Manifest:
     facts = {
         "status": "done",
         "command": "mnemoscope audit demo --prompts prompts.jsonl --seeds 4 --images --out runs/demo-1",
-        "config": {"model": "demo", "seeds": 4, "steps": STEPS, "guidance": 3.0, "prompts": {"path": "prompts.jsonl"}},
+        "config": {
+            "model": "demo",
+            "seeds": seeds,
+            "steps": STEPS,
+            "guidance": 3.0,
+            "prompts": {"path": "prompts.jsonl"},
+        },
         "target": {
             "name": "demo",
             "kind": "stable-diffusion",

@@ -175,12 +175,12 @@ def test_sections_come_in_the_order_of_the_questions(report):
         "A copy of a reference image was found for",
         "Above threshold",
         "The worst prompts",
+        "What this does not tell",
         "Scores of audited and ordinary prompts",
         "Scores over the denoising steps",
         "Groups",
         "Copies found against copies in training",
         "How well the score separates prompts of known label",
-        "What was not tested",
         "Reproduction",
         "Prompts, one by one",
         "A score is evidence, not a verdict.",
@@ -218,6 +218,19 @@ def test_reproduction_block_names_what_is_needed(labeled, report):
     assert str(folder.parent) not in report.html  # a report travels; the paths of the machine that made it do not
 
 
+def test_a_threshold_of_another_setting_is_said_on_every_form(tmp_path):
+    made = make_run(tmp_path / "run", per_group=2, seeds=2, reference=False, pictures=False)
+    Run(made).update(accepted=["dtype: was 16, now 32"], git={"commit": "3f2a", "dirty": None})
+    said = "made under another setting (dtype: was 16, now 32)"
+    for write in (write_report, write_markdown):
+        text = " ".join(write(made).read_text(encoding="utf-8").replace("\u00a0", " ").split())
+        assert text.count(said) >= 2  # beside the numbers and in the reproduction block
+        assert "may mean nothing here (dtype: was 16, now 32)" in text
+        assert "above a threshold made under another setting" in text
+        assert "3f2a, whether with changes is not known" in text
+    assert said in json.loads(write_json(made).read_text(encoding="utf-8"))["headline"]
+
+
 def test_what_is_unknown_is_left_out(tmp_path):
     bare = make_run(
         tmp_path / "bare", per_group=2, seeds=1, calibrated=False, pictures=False, reference=False, status="interrupted"
@@ -229,6 +242,7 @@ def test_what_is_unknown_is_left_out(tmp_path):
     assert "The highest scores" in found.text
     assert not found.all("img")
     assert "ROC" not in found.text
+    assert "Git checkout" not in found.text
     assert "Copies found against" not in found.text
 
 

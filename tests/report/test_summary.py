@@ -22,7 +22,7 @@ from mnemoscope.report.summary import read_summary, summarize
 def row(prompt, seed, score=None, *, similarity=None, threshold=0.9, steps=(), **facts):
     nearest = None
     if similarity is not None:
-        found = None if threshold is None else similarity >= threshold
+        found = None if threshold is None else similarity > threshold
         nearest = Nearest(
             reference="17", similarity=similarity, descriptor="pixels", threshold=threshold, copy_found=found
         )
@@ -88,6 +88,9 @@ def test_adjusted_p_values_are_benjamini_and_hochbergs(four):
 def test_the_threshold_itself_is_not_above():
     summary = summarize([row("on", 0, 0.98), row("over", 0, 0.981)], DONE, thresholds(seeds=1))
     assert {f.prompt_id: f.above for f in summary.findings} == {"on": False, "over": True}
+    # p = (1 + #{ordinary ≥ score}) / (1 + N): on the threshold it is above the stated rate, beyond it is not.
+    assert {f.prompt_id: f.p for f in summary.findings} == {"on": 2 / 100, "over": 1 / 100}
+    assert "exceeds 0.98" in summary.figures[0].meaning
 
 
 def test_worst_come_first_copies_before_scores(four):
@@ -190,9 +193,93 @@ def test_scores_within_rounding_of_the_threshold_are_borderline():
     near, far = row("near", 0, 0.98 * (1 + 1e-4)), row("far", 0, 0.99)
     summary = summarize([near, far], DONE.model_copy(update={"target": {"dtype": "float32"}}), thresholds(1))
     assert {f.prompt_id: f.borderline for f in summary.findings} == {"near": True, "far": False}
-    assert any("borderline" in note for note in summary.untested)
+    assert (
+        "1 prompt is borderline, within rounding (0.03 %) of the threshold: another machine may call it differently."
+        in (summary.untested)
+    )
+    assert summary.to_dict()["threshold"]["rounding"] == pytest.approx(2**-11.5)
+    # The coarser of the run's and the calibration's.
+    stored = summarize([near, far], DONE, thresholds(1, rounding=0.02))
+    assert all(f.borderline for f in stored.findings)
     half = summarize([near, far], DONE.model_copy(update={"target": {"dtype": "torch.float16"}}), thresholds(1))
     assert all(f.borderline for f in half.findings)
+
+
+SHORT = [row(p, s, v + s / 2) for p, v in (("high", 9.0), ("low", 0.25)) for s in (0, 1)]
+SEEDS = "seeds: was 4, now 2"
+
+
+def accepted(*differences, **config):
+    return DONE.model_copy(update={"accepted": list(differences), "config": {"seeds": 2} | config})
+
+
+def test_a_threshold_accepted_across_settings_says_so_wherever_it_speaks():
+    summary = summarize(SHORT, accepted(SEEDS), thresholds(4))
+    assert (summary.above.k, summary.above.n, summary.seeds) == (1, 2, 2)
+    assert summary.headline == (
+        "1 of 2 prompts scores above the threshold for 1 % false positives (95 % interval 1.3–99 %), on 2 seeds each; "
+        f"the threshold was made under another setting ({SEEDS})."
+    )
+    high, low = summary.findings
+    assert high.score_words == "above a threshold made under another setting, where it means 1 % FPR (p = 0.01)"
+    assert low.score_words == "not above a threshold made under another setting, where it means 1 % FPR (p = 0.5)"
+    assert summary.untested[0] == (
+        f"The threshold was made under another setting and may mean nothing here ({SEEDS}): its false-positive rate and the "
+        "p-values hold there."
+    )
+    assert f"under another setting ({SEEDS}); how many do here is not known" in summary.figures[0].meaning
+    # What presumes the rate is not claimed.
+    assert (summary.significant, summary.figures[0].detail) == (None, "")
+    assert not any("true false-positive rate" in note for note in summary.untested)
+    assert summary.to_dict()["threshold"]["differences"] == [SEEDS]
+    copied = summarize(
+        [*SHORT, row("c", 0, similarity=0.95), row("c", 1, similarity=0.95)], accepted(SEEDS), thresholds(4)
+    )
+    assert copied.subline.endswith(f"; the threshold was made under another setting ({SEEDS}).")
+    assert "by chance" not in copied.subline
+
+
+def test_many_differences_are_counted_in_the_sentence_and_listed_below():
+    many = [f"target.{k}: was 1, now 2" for k in "abcde"]
+    summary = summarize(SHORT, accepted(*many), thresholds(2))
+    assert f"({'; '.join(many[:3])}; 2 more)" in summary.headline
+    assert any("; ".join(many) in note for note in summary.untested)
+
+
+def test_a_threshold_of_another_number_of_seeds_judges_nobody_unless_accepted():
+    summary = summarize(SHORT, DONE, thresholds(4))
+    assert summary.above is None
+    assert (
+        summary.headline
+        == "2 prompts were scored, on 2 seeds each; the threshold could judge none, so only their order means something."
+    )
+    assert summary.findings[0].score_words == "not judged: that takes another number of seeds than 2"
+    assert "2 prompts have other than the 4 seeds that it takes to be judged, and were not judged." in summary.untested
+
+
+def test_a_threshold_that_came_by_hand_is_seen_through():
+    method = {"name": "magnitude", "class": "Magnitude", "options": {"variant": "a"}}
+    own = {**method, "options": {"variant": "b", "window": [0, 1]}}
+    setting = {"guidance": 7.5, "base_seed": 1, "detectors": {"magnitude": own}}
+    manifest = DONE.model_copy(update={"setting": setting, "config": {"seeds": 2}})
+    made = {"seeds": 2, "guidance": 3.0, "base_seed": None, "window": [0, 5], "method": method, "steps": 50}
+    assert summarize(SHORT, manifest, thresholds(setting=made)).foreign == [
+        "guidance: was 3.0, now 7.5",
+        'method.options.variant: was "a", now "b"',
+        "window: was [0, 5], now [0, 1]",
+    ]
+    made |= {"guidance": 7.5, "window": [0, 1], "method": {**method, "options": {"variant": "b"}}}
+    assert summarize(SHORT, manifest, thresholds(setting=made)).foreign == []
+
+
+def test_the_size_of_the_reference_set_is_said(four):
+    assert "A copy of an image outside the reference set cannot be found." in four.untested
+    assert "Verbatim copies and copies of a template were not told apart." in four.untested
+    reference = {"name": "pixels-16", "pictures": 1200, "threshold": 0.9}
+    summary = summarize(FOUR[6:], DONE.model_copy(update={"config": {"reference": reference}}))
+    assert summary.untested[1] == (
+        "Copies were looked for among 1,200 reference images. A copy of an image outside the reference set cannot be found."
+    )
 
 
 def test_a_similarity_without_threshold_is_no_copy():

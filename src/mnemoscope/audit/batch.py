@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from PIL import Image
 from torch import Tensor
 
@@ -94,28 +94,30 @@ class Examiner:
         self._kept_references: dict[str, str | None] = {}
 
     def rows(self, batch: Sequence[Sample]) -> list[Row]:
-        """One row per sample. A sample whose values are not finite becomes an error row; its neighbours do not suffer."""
+        """One row per sample. A sample whose values are not finite becomes an error row; its neighbors do not suffer."""
         began = time.perf_counter()
         noise, first_null = self._bank.rows(batch)
         before = self.target.forwards
-        watching = {name: copy.deepcopy(d) for name, d in self.detectors.items()}
-        times: list[float] = []
+        watching = _Watching(self.detectors)
         for step in self._trajectory(batch, noise, first_null):
-            times.append(step.t)
-            for detector in watching.values():
-                detector.update(step)
-        values = _to_host(watching)
+            watching.update(step)
+        outcomes = watching.outcomes()
         pictures = self.target.decode(step.x_next) if self.config.images and step.x_next is not None else None
-        faults = [_fault({n: v[i] for n, v in values.items()}, times, pictures, i) for i in range(len(batch))]
+        drawn = [True] * len(batch) if pictures is None else pictures.isfinite().flatten(1).all(1).tolist()
+        faults = [
+            self._fault(sample, outcome, watching.times, shown)
+            for sample, outcome, shown in zip(batch, outcomes, drawn, strict=True)
+        ]
         nearest = self._nearest(pictures, faults)
+        dropped = self._dropped(batch)
         rows = []
         for i, (sample, fault) in enumerate(zip(batch, faults, strict=True)):
             row = _bare(sample) if fault is None else self.failed(sample, ModelFault(fault))
             if fault is None:
-                row.scores = {n: _score(d.space or self.target.space, values[n][i]) for n, d in watching.items()}
+                row.scores = watching.scores(outcomes[i], self.target.space)
                 row.nearest = nearest[i]
                 row.image = None if pictures is None else self._keep(sample.id, pictures[i])
-                self._say_truncation(row)
+                _say_truncation(row, dropped[row.prompt])
             row.forwards = (self.target.forwards - before) // len(batch)
             row.seconds = round((time.perf_counter() - began) / len(batch), 6)
             rows.append(row)
@@ -143,10 +145,30 @@ class Examiner:
             if self.stop is not None and step.index + 1 >= self.stop:
                 return
 
-    def _say_truncation(self, row: Row) -> None:
-        row.tokens_dropped = self.target.dropped(row.prompt) if self.target.has_text else 0
-        if row.tokens_dropped:
-            row.note = f"prompt truncated: the model never saw its last {row.tokens_dropped} tokens"
+    def _fault(self, sample: Sample, outcome: _Outcome, times: Sequence[float], drawn: bool) -> str | None:
+        """What is not finite about a sample, in one sentence: the step at fault, whether or not a detector looked at it."""
+        broken = [
+            name for name, (value, steps) in outcome.values.items() if not all(map(math.isfinite, (value, *steps)))
+        ]
+        if outcome.sound < len(times):
+            what = (
+                f"{self.target.name} predicted NaN or infinity at step {outcome.sound} (t = {times[outcome.sound]:g})"
+            )
+        elif broken:
+            what = f"{broken[0]} is not finite, though every prediction is,"
+        elif not drawn:
+            what = f"the picture is not finite, though all {len(times)} steps are,"
+        else:
+            return None
+        return (
+            f"{what} for {sample.prompt.text[:60]!r} with seed {sample.seed}; "
+            f"load the model in float32 or bfloat16, or check the checkpoint."
+        )
+
+    def _dropped(self, batch: Sequence[Sample]) -> dict[str, int]:
+        """Prompt → tokens that the encoder never saw; each prompt is counted once, however many seeds it has."""
+        count = self.target.dropped if self.target.has_text else lambda text: 0
+        return {text: count(text) for text in {s.prompt.text for s in batch}}
 
     def _keep(self, name: str, picture: Tensor) -> str:
         return self.save(f"images/{name}.webp", webp(picture))
@@ -217,7 +239,7 @@ class _Texts:
         except Exception:
             # One prompt that cannot be encoded must not fail those whose turn has not come.
             block, encoded = missing, self.target.encode(missing)
-        return {text: encoded.select(torch.tensor([i])) for i, text in enumerate(block)}
+        return dict(zip(block, encoded.split(), strict=True))
 
 
 class _Bank:
@@ -253,35 +275,61 @@ _Value: TypeAlias = tuple[float, list[float]]
 """Score and per-step values of one sample."""
 
 
-def _to_host(detectors: Mapping[str, Detector]) -> dict[str, list[_Value]]:
-    """Score and per-step values of each sample, by detector: the batch's one transfer."""
-    parts = [torch.cat([d.compute()[:, None], d.per_step()], dim=1) for d in detectors.values()]
-    widths = [part.shape[1] for part in parts]
-    lines = torch.cat(parts, dim=1).tolist()
-    values: dict[str, list[_Value]] = {}
-    start = 0
-    for name, width in zip(detectors, widths, strict=True):
-        values[name] = [(line[start], line[start + 1 : start + width]) for line in lines]
-        start += width
-    return values
+@dataclass(frozen=True)
+class _Outcome:
+    """What one sample came to: its value for each detector, and how many leading steps held nothing but numbers."""
+
+    values: dict[str, _Value]
+    sound: int
 
 
-def _fault(values: Mapping[str, _Value], times: Sequence[float], pictures: Pictures | None, i: int) -> str | None:
-    """What is not finite in sample ``i``, in words."""
-    cure = "load the model in float32 or bfloat16, or check the checkpoint"
-    for name, (value, steps) in values.items():
-        bad = next((k for k, v in enumerate(steps) if not math.isfinite(v)), None)
-        if bad is not None:
-            return f"{name} is {steps[bad]:g} at step {bad} (t = {times[bad]:g}); {cure}."
-        if not math.isfinite(value):
-            return f"{name} is {value:g}; {cure}."
-    if pictures is not None and not bool(torch.isfinite(pictures[i]).all()):
-        return f"the picture is not finite after {len(times)} steps; {cure}."
-    return None
+class _Watching:
+    """What looks at one batch's trajectory: fresh detectors, and whether every number of every step is finite."""
+
+    def __init__(self, detectors: Mapping[str, Detector]):
+        self.detectors = {name: copy.deepcopy(d) for name, d in detectors.items()}
+        self.times: list[float] = []
+        self._finite: list[Tensor] = []
+
+    def update(self, step: Step) -> None:
+        """Take one step; nothing leaves the device."""
+        self.times.append(step.t)
+        self._finite.append(_finite(step))
+        for detector in self.detectors.values():
+            detector.update(step)
+
+    def outcomes(self) -> list[_Outcome]:
+        """One for each sample: the batch's one transfer."""
+        sound = torch.stack(self._finite, dim=1).float().cumprod(dim=1).sum(dim=1)
+        parts = [torch.cat([d.compute()[:, None], d.per_step()], dim=1) for d in self.detectors.values()]
+        widths = [part.shape[1] for part in parts]
+        outcomes = []
+        for first, *line in torch.cat([sound[:, None], *parts], dim=1).tolist():
+            values, start = {}, 0
+            for name, width in zip(self.detectors, widths, strict=True):
+                values[name] = (line[start], line[start + 1 : start + width])
+                start += width
+            outcomes.append(_Outcome(values, int(first)))
+        return outcomes
+
+    def scores(self, outcome: _Outcome, space: str) -> dict[str, Score]:
+        """A sample's scores as its row keeps them; ``space`` is that of detectors that do not say."""
+        return {
+            name: Score(value=value, space=self.detectors[name].space or space, per_step=steps)
+            for name, (value, steps) in outcome.values.items()
+        }
 
 
-def _score(space: str, value: _Value) -> Score:
-    return Score(value=value[0], space=space, per_step=value[1])
+def _finite(step: Step) -> Bool[Tensor, " batch"]:
+    """Which samples of a step hold nothing but numbers. No device sync."""
+    parts = [part for part in (step.cond, step.uncond, step.x_next) if part is not None]
+    return torch.stack([part.isfinite().flatten(1).all(1) for part in parts]).all(0)
+
+
+def _say_truncation(row: Row, dropped: int) -> None:
+    row.tokens_dropped = dropped
+    if dropped:
+        row.note = f"prompt truncated: the model never saw its last {dropped} tokens"
 
 
 def _bare(sample: Sample) -> Row:

@@ -36,6 +36,8 @@ class Check:
         images: ``[seed, 3, height, width]`` in [0, 1], on the CPU; None: not asked for.
         nearest: The nearest reference of each picture; empty: not tested.
         forwards: Denoiser forwards spent (F).
+        accepted: In what the calibration's setting differs from this one, where that was accepted.
+        borderline: The score is within rounding of the threshold: another machine may call it differently.
     """
 
     prompt: str
@@ -52,6 +54,8 @@ class Check:
     images: Float[Tensor, "seed 3 height width"] | None
     nearest: tuple[Any, ...]
     forwards: int
+    accepted: tuple[str, ...] = ()
+    borderline: bool = False
 
     @property
     def above(self) -> bool | None:
@@ -69,6 +73,10 @@ class Check:
             what += (
                 f", {'above' if self.above else 'not above'} threshold at {100 * self.fpr:g} % FPR (p = {self.p:.3g})"
             )
+        if self.borderline:
+            what += ", borderline: within rounding of it"
+        if self.accepted:
+            what += f", of a calibration made under another setting ({'; '.join(self.accepted)})"
         if self.nearest:
             k = sum(bool(m.copy_found) for m in self.nearest)
             best = max(self.nearest, key=lambda m: m.similarity)
@@ -97,8 +105,10 @@ class Check:
         return {
             "prompt": self.prompt, "score": self.score, "scores": list(self.scores), "window": list(self.window),
             "space": self.space, "per_step": [list(v) for v in self.per_step], "p": self.p, "threshold": self.threshold,
-            "fpr": self.fpr, "above": self.above, "tokens": list(self.tokens), "tokens_dropped": self.dropped,
-            "nearest": [{k: getattr(m, k) for k in named} for m in self.nearest], "forwards": self.forwards, "words": self.words,
+            "fpr": self.fpr, "above": self.above, "borderline": self.borderline,
+            "tokens": list(self.tokens), "tokens_dropped": self.dropped,
+            "nearest": [{k: getattr(m, k) for k in named} for m in self.nearest], "forwards": self.forwards,
+            "accepted": list(self.accepted), "words": self.words,
         }  # fmt: skip
 
 
@@ -112,6 +122,7 @@ def check(
     guidance: float | None = None,
     images: bool = False,
     calibration: Calibration | None = None,
+    accept_threshold: bool = False,
     reference: Reference | None = None,
 ) -> Check:
     """Score one prompt with the magnitude (Wen et al. 2024), and look at its pictures if asked.
@@ -125,6 +136,7 @@ def check(
         guidance: Guidance scale; default is the target's own.
         images: Finish the trajectory and decode; implied by ``reference``.
         calibration: Scores of ordinary prompts of this model, for a p-value.
+        accept_threshold: Use the calibration although it was made under another setting; the result says so.
         reference: Pictures in which copies are looked for.
 
     Returns:
@@ -141,11 +153,12 @@ def check(
         raise CannotAudit(f"{target.name} takes no text, so there is no prompt to check; measure its images instead.")
     g = target.guidance if guidance is None else guidance
     detector = Magnitude(steps=window)
+    accepted: list[str] = []
     if calibration is not None:
         setting = setting_of(
-            target.identity(), guidance=g, steps=steps, window=detector.window, seeds=len(chosen), seed_mode="shared"
+            target.identity(), guidance=g, steps=steps, window=detector.window, seeds=chosen, seed_mode="shared"
         )
-        calibration.check(setting)
+        accepted = calibration.check(setting, accept=accept_threshold)
     before = target.forwards
     images = images or reference is not None
     x = None
@@ -173,4 +186,6 @@ def check(
         images=pictures,
         nearest=() if reference is None or pictures is None else tuple(reference.nearest(pictures)),
         forwards=target.forwards - before,
+        accepted=tuple(accepted),
+        borderline=calibration is not None and calibration.borderline(score),
     )

@@ -140,8 +140,8 @@ class AuditConfig(_Settings):
     """Run whole trajectories and keep the pictures."""
     reference: str | None = _setting(None, "the path of a reference set")
     """Reference pictures in which the nearest to each generated one is looked up; needs images."""
-    calibration: str | None = _setting(None, "the path of a thresholds.json")
-    """Scores of ordinary prompts of the same model, made by ``mnemoscope calibrate``."""
+    calibration: str | None = _setting(None, "the path of a thresholds.json, or of the run folder that holds it")
+    """Scores of ordinary prompts of the same model, made by ``mnemoscope calibrate``: its run folder, or the file in it."""
     accept_threshold: bool = _setting(False, "true or false")
     """Use the calibration although it was made under another setting; the differences are noted in the run."""
     out: str | None = _setting(None, "the path of a folder")
@@ -217,6 +217,30 @@ class AuditConfig(_Settings):
         """The configuration as plain values, for the manifest."""
         plain = self.model_dump(mode="json", by_alias=True, exclude={"prompts"})
         return plain | {"prompts": None if self.prompts is None else self.prompts.stored()}
+
+    def with_window(self, steps: int) -> AuditConfig:
+        """The same, with this many leading steps for every detector that has a window (takes ``steps``).
+
+        Raises:
+            UnknownName: a detector that is not installed.
+            UsageError: none of the detectors has a window, or two would become one and the same.
+        """
+        from ..detect.base import options_of  # here, because detectors bring torch, and settings are read without
+
+        changed: dict[str, DetectorSpec] = {}
+        for spec in self.detectors:
+            if "steps" in options_of(spec.name):
+                spec = spec.model_copy(update={"options": {**spec.options, "steps": steps}})
+                twin = next((k for k, s in changed.items() if (s.name, s.options) == (spec.name, spec.options)), None)
+                if twin is not None:
+                    raise UsageError(
+                        f"window {steps} would make the detectors {twin} and {spec.label} the same; set the steps of each in "
+                        f"the config file, and leave --window out."
+                    )
+            changed[spec.label] = spec
+        if not any("steps" in spec.options for spec in changed.values()):
+            raise UsageError(f"window is {steps}, and {', '.join(changed)} has no window of steps; leave --window out.")
+        return self.model_copy(update={"detectors": list(changed.values())})
 
     def error_budget(self, asked: int) -> int:
         """How many of ``asked`` samples may fail before the run stops."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,9 +13,11 @@ from ..detect.base import Detector
 from ..models.base import Target
 from .batch import batch_size, needs_null, steps_run
 from .config import AuditConfig
-from .request import choose_detectors, read_prompts_for
+from .request import choose_detectors, read_prompts_for, samples_for, setting_of
 
 __all__ = ["Plan", "measure_speed", "plan"]
+
+log = logging.getLogger(__name__)
 
 PICTURE_BYTES = 40_000
 
@@ -24,9 +27,9 @@ class Plan:
     """The cost of an audit.
 
     Attributes:
-        prompts: Different prompts.
+        prompts: Different prompts of the whole audit.
         seeds: Seeds of each.
-        samples: Rows that the run will have.
+        samples: Rows that will be written: prompts × seeds, or with ``shard`` this process' share of them. The rest is theirs.
         forwards: Denoiser forwards of one latent (F): exact, unless something fails or is known already.
         pictures: Pictures that will be decoded.
         bytes: Disk, roughly.
@@ -53,7 +56,7 @@ def plan(
 
     Args:
         config: What is asked.
-        target: The model; without it, a text model with guidance is assumed.
+        target: The model; without it, a text model with guidance is assumed, and a shard is about as large as it will be.
         detectors: As for :func:`~mnemoscope.audit.run.audit`.
         seconds_per_forward: From :func:`measure_speed`.
     """
@@ -65,14 +68,16 @@ def plan(
     pairs = target is None or needs_null(config, target, watching)
     # All prompts share the null prediction of the first step on the bank of n noises.
     shared = pairs and config.seed_mode == "shared"
-    samples = len(prompts) * config.seeds
-    forwards = samples * ((2 if pairs else 1) * steps - shared) + config.seeds * shared
-    text = config.seeds * sum(len(p.text.encode()) for p in prompts)
-    rows = samples * (400 + 20 * sum(d.steps_needed for d in watching.values()))
-    pictures = samples if config.images else 0
+    # Which samples a shard has depends on their ids, and these on the model, whose weights are not hashed without need.
+    setting = setting_of(config, target, watching) if config.shard and target is not None else {}
+    _, share, _ = samples_for(config, prompts, setting)
+    forwards = len(share) * ((2 if pairs else 1) * steps - shared) + len({s.seed for s in share}) * shared
+    text = sum(len(s.prompt.text.encode()) for s in share)
+    rows = len(share) * (400 + 20 * sum(d.steps_needed for d in watching.values()))
+    pictures = len(share) if config.images else 0
     seconds = None if seconds_per_forward is None else forwards * seconds_per_forward
     return Plan(
-        len(prompts), config.seeds, samples, forwards, pictures, text + rows + pictures * PICTURE_BYTES, seconds
+        len(prompts), config.seeds, len(share), forwards, pictures, text + rows + pictures * PICTURE_BYTES, seconds
     )
 
 
@@ -88,4 +93,6 @@ def measure_speed(config: AuditConfig, target: Target) -> float:
         target.output(x, t, cond).sum().item()  # once for warming up; the sum waits for the device
         began = time.perf_counter()
         target.output(x, t, cond).sum().item()
-    return (time.perf_counter() - began) / batch
+    seconds = (time.perf_counter() - began) / batch
+    log.info("one forward takes %.3g s of each sample at batch size %d", seconds, batch)
+    return seconds

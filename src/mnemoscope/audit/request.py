@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import re
+import subprocess
 from collections.abc import Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -44,6 +45,7 @@ class Request:
         share: Those of them that are this process' to do.
         shard: Number of this process' file; None: the whole run.
         calibration: Threshold to judge by, if one was given.
+        accepted: Where its setting differs from this one, if that was accepted.
         reference: What pictures are compared with, in plain values.
         notes: What a reader of the run must know.
     """
@@ -57,6 +59,7 @@ class Request:
     share: list[Sample]
     shard: int | None
     calibration: calibrate.Calibration | None
+    accepted: list[str]
     reference: dict[str, Any] | None
     notes: list[str]
 
@@ -78,13 +81,21 @@ class Request:
         _require_possible(config, target, watching, reference)
         prompts = read_prompts_for(config, target)
         setting = setting_of(config, target, watching)
-        key = digest(setting)
-        samples = [Sample(sample_id(p.text, seed, key), p, seed) for p in prompts for seed in range(config.seeds)]
-        share, shard = _share(samples, config.shard)
+        samples, share, shard = samples_for(config, prompts, setting)
         calibration, accepted = _calibration(config, target, watching)
-        notes = [*config.notes, *prompts.notes, *accepted]
         return cls(
-            config, target, watching, prompts, setting, samples, share, shard, calibration, _described(reference), notes
+            config=config,
+            target=target,
+            detectors=watching,
+            prompts=prompts,
+            setting=setting,
+            samples=samples,
+            share=share,
+            shard=shard,
+            calibration=calibration,
+            accepted=accepted,
+            reference=_described(reference),
+            notes=[*config.notes, *prompts.notes],
         )
 
     @property
@@ -119,7 +130,7 @@ class Request:
                 f"{run.folder} holds {len(strange)} samples that are not asked for now (it had more prompts or seeds); ask for at "
                 f"least the same ones to continue it, or use a new folder (--fresh)."
             )
-        keep = {"config", "setting", "target", "versions", "machine", "asked", "command"}
+        keep = {"config", "setting", "target", "versions", "git", "machine", "asked", "command", "accepted"}
         run.update(status="running", ended=None, **fresh.model_dump(include=keep))
         return run
 
@@ -136,10 +147,12 @@ class Request:
                 "setting": self.setting,
                 "target": identity.plain(self.target.identity()),
                 "versions": versions(),
+                "git": checkout(),
                 "machine": machine(self.target),
                 "started": now(),
                 "asked": len(self.samples),
                 "notes": self.notes,
+                "accepted": self.accepted,
             }
         )
 
@@ -185,7 +198,7 @@ def setting_of(config: AuditConfig, target: Target, detectors: Mapping[str, Dete
     """Everything that every score depends on, as plain values. Not the device, the batch size, or where a model came from."""
     return {
         "target": identity_of(target),
-        "detectors": {name: {"name": d.name, "options": _options(d)} for name, d in detectors.items()},
+        "detectors": {name: calibrate.method_of(d) for name, d in detectors.items()},
         "guidance": float(target.guidance if config.guidance is None else config.guidance),
         "steps": config.steps,
         "base_seed": config.base_seed,
@@ -207,6 +220,8 @@ def calibration_setting(config: AuditConfig, target: Target, detector: Detector)
         window=getattr(detector, "window", (0, detector.steps_needed)),
         seeds=config.seeds,
         seed_mode=config.seed_mode,
+        base_seed=config.base_seed,
+        method=calibrate.method_of(detector),
     )
 
 
@@ -243,8 +258,16 @@ def _calibration(
     name = found.record.detector
     if name not in detectors:
         raise UnknownName(f"score in this audit, as {config.calibration} was made for,", name, detectors)
-    accepted = found.check(calibration_setting(config, target, detectors[name]), accept=config.accept_threshold)
-    return found, [f"the threshold was accepted although it was made under another setting: {d}" for d in accepted]
+    return found, found.check(calibration_setting(config, target, detectors[name]), accept=config.accept_threshold)
+
+
+def samples_for(
+    config: AuditConfig, prompts: PromptSet, setting: Mapping[str, Any]
+) -> tuple[list[Sample], list[Sample], int | None]:
+    """Every prompt with every seed, those of them that are this process' to do, and the number of its file."""
+    key = digest(setting)
+    samples = [Sample(sample_id(p.text, seed, key), p, seed) for p in prompts for seed in range(config.seeds)]
+    return samples, *_share(samples, config.shard)
 
 
 def _share(samples: list[Sample], shard: str | None) -> tuple[list[Sample], int | None]:
@@ -268,12 +291,6 @@ def _described(reference: Reference | None) -> dict[str, Any] | None:
     return {"name": reference.name, "pictures": size, "threshold": getattr(reference, "threshold", None)}
 
 
-def _options(detector: Detector) -> dict[str, Any]:
-    """A detector's public plain attributes: what it was built from, without what it will remember."""
-    plain = (bool, int, float, str, tuple, list)
-    return identity.plain({k: v for k, v in vars(detector).items() if not k.startswith("_") and isinstance(v, plain)})
-
-
 def versions(packages: Iterable[str] = PACKAGES) -> dict[str, str]:
     """Installed versions of what a score may depend on."""
     found = {"python": platform.python_version()}
@@ -283,6 +300,40 @@ def versions(packages: Iterable[str] = PACKAGES) -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
+
+
+GIT_PATIENCE = 5.0
+"""Seconds that git may take to answer."""
+
+ELSEWHERE = frozenset({"GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_COMMON_DIR"})
+"""Variables, set inside git's own hooks, that make git speak of another checkout than the working directory's."""
+
+
+def checkout() -> dict[str, Any] | None:
+    """Commit of the git checkout that the command runs in, and whether tracked files differ from it.
+
+    Returns:
+        ``{"commit": …, "dirty": True, False or None (not known)}``; None: no checkout, no commit yet, or no git.
+    """
+    commit = _git("rev-parse", "--verify", "HEAD")
+    if commit is None:
+        return None
+    # Untracked files do not count: run folders are such files.
+    changes = _git("status", "--porcelain", "--untracked-files=no")
+    return {"commit": commit.decode().strip(), "dirty": None if changes is None else bool(changes.strip())}
+
+
+def _git(*words: str) -> bytes | None:
+    """What git says about the working directory; None: nothing. Asking writes nothing there and starts no monitor."""
+    environment = {k: v for k, v in os.environ.items() if k not in ELSEWHERE} | {"GIT_OPTIONAL_LOCKS": "0"}
+    command = ["git", "-c", "core.fsmonitor=false", *words]
+    try:
+        done = subprocess.run(
+            command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, timeout=GIT_PATIENCE, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout if done.returncode == 0 else None
 
 
 def machine(target: Target) -> dict[str, Any]:

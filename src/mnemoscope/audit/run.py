@@ -5,6 +5,7 @@ The same command continues a run that was stopped, at whatever instant. A prompt
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -29,6 +30,8 @@ from .request import Request, calibration_setting, now
 from .request import load as load
 
 __all__ = ["Progress", "audit", "calibrate", "load", "measure_speed", "plan"]
+
+log = logging.getLogger(__name__)
 
 SAVE_EVERY = 10.0
 """Seconds between updates of the manifest while a run goes on, so that a kill loses little of its counts."""
@@ -83,7 +86,8 @@ def audit(
 
     Returns:
         The run. Its status is ``done`` if every sample has a score, else ``incomplete``: samples failed, too many of them
-        failed, or other shards are still to come. The same call continues it and tries failed samples again.
+        failed, or other shards are still to come. The same call continues it and tries failed samples again; rows that are
+        there take over the ids, groups and labels that their prompts have now.
 
     Raises:
         UsageError: the request cannot be carried out as it stands; nothing has been computed.
@@ -93,6 +97,9 @@ def audit(
     """
     request = Request.of(config, target, detectors, reference)
     run = request.open(kind, command)
+    run.amend(
+        {s.id: {"prompt_id": s.prompt.id, "group": s.prompt.group, "label": s.prompt.label} for s in request.samples}
+    )
     with Writer(run, request.shard) as writer:
         if request.calibration is not None:
             request.calibration.save(run.folder / "thresholds.json")
@@ -123,6 +130,8 @@ def _store_text_baseline(request: Request, writer: Writer) -> None:
     if {p.label for p in labeled} == {True, False}:
         found = text_baseline([p.text for p in labeled], [bool(p.label) for p in labeled])
         writer.save("controls.json", found.to_json().encode())
+    else:  # of an earlier call that had labels
+        (writer.run.folder / "controls.json").unlink(missing_ok=True)
 
 
 def calibrate(
@@ -186,6 +195,9 @@ class _Session:
         self.request, self.writer, self.run, self.progress = request, writer, writer.run, progress
         self.todo = [s for s in request.share if s.id not in finished]
         self.size = batch_size(request.config, request.target)
+        log.info(
+            "%s: %d of %d samples to do, %d at a time", writer.run.folder, len(self.todo), len(request.share), self.size
+        )
         self.notes = list(request.notes)
         self.began = time.perf_counter()
         self.errors = self.worked = 0
@@ -225,6 +237,7 @@ class _Session:
         except Exception as e:
             error = e
         if len(batch) == 1:
+            log.info("sample %s failed", batch[0].id, exc_info=error)
             return [self.examiner.failed(batch[0], error)]
         if not isinstance(error, torch.OutOfMemoryError):
             return [row for sample in batch for row in self.attempt([sample])]
@@ -260,28 +273,15 @@ class _Session:
 
     def close(self, *, interrupted: bool = False) -> int:
         """Write down how it went; returns the number of samples with a score, of all shards."""
-        ok = failed = 0
-        truncated: set[str] = set()
-        for row in self.run.rows():
-            ok += row.status == "ok"
-            failed += row.status == "error"
-            truncated |= {row.prompt_id} if row.tokens_dropped else set()
-        asked = len(self.request.samples)
-        notes = list(self.notes)
-        if truncated:
-            notes.append(f"{len(truncated)} of {len(self.request.prompts)} prompts were truncated by the text encoder")
-        if failed:
-            notes.append(f"{failed} of {asked} samples failed; the same command tries them again")
-        if missing := asked - ok - failed:
-            notes.append(f"{missing} of {asked} samples have not been run yet; the same command continues")
+        tally = self.run.tally()
         self.run.update(
-            status="interrupted" if interrupted else "done" if ok == asked else "incomplete",
+            status="interrupted" if interrupted else "done" if tally.complete else "incomplete",
             ended=now(),
             forwards=self._uncounted(),
             machine=self.run.manifest.machine | {"batch_size": self.size},
-            notes=notes,
+            notes=[*self.notes, *tally.notes],
         )
-        return ok
+        return tally.ok
 
     def _uncounted(self) -> int:
         """Forwards since the last time somebody asked."""

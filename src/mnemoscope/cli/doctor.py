@@ -9,7 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from .screen import size
+from .screen import enabled, size
 
 PACKAGES = (
     "mnemoscope",
@@ -37,9 +37,7 @@ def examine() -> dict[str, Any]:
         os.environ.get("HF_HUB_CACHE") or Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser() / "hub"
     )
     facts["model cache"] = f"{home} ({'exists' if home.is_dir() else 'empty'})"
-    facts["offline"] = (
-        "yes (HF_HUB_OFFLINE)" if os.environ.get("HF_HUB_OFFLINE", "0").lower() in ("1", "true", "yes", "on") else "no"
-    )
+    facts["offline"] = "yes (HF_HUB_OFFLINE)" if enabled("HF_HUB_OFFLINE") else "no"
     facts["free disk here"] = size(shutil.disk_usage(Path.cwd()).free)
     facts["bundled models"] = _bundled()
     return facts

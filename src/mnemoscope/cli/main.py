@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,6 +20,9 @@ from . import screen
 if TYPE_CHECKING:
     from ..audit.config import AuditConfig
     from ..models.base import Target
+    from ..report.summary import Summary
+
+log = logging.getLogger(__name__)
 
 app = typer.Typer(
     name="mnemoscope",
@@ -50,7 +55,7 @@ Detectors = Annotated[
     list[str] | None,
     _option("Detector; repeat for several; default magnitude.", "--detectors"),
 ]
-Window = Annotated[int | None, _option("Leading steps that the magnitude averages over; default 1.")]
+Window = Annotated[int | None, _option("Leading steps that each detector averages over; default 1.")]
 Guidance = Annotated[float | None, _option("Guidance scale; default: the model's own.")]
 Steps = Annotated[int | None, _option("Length of the sampler's schedule; default 50.")]
 BatchSize = Annotated[str | None, _option("Samples per batch, or auto.")]
@@ -69,10 +74,12 @@ Notes = Annotated[
     _option("Something a reader of the run should know; repeatable.", "--notes"),
 ]
 Config = Annotated[Path | None, _option("YAML file with the same names as the options; options win.")]
-ThresholdsFile = Annotated[Path | None, _option("thresholds.json of `mnemoscope calibrate`.", "--calibration")]
+ThresholdsFile = Annotated[
+    Path | None, _option("Run folder of `mnemoscope calibrate`, or its thresholds.json.", "--calibration")
+]
 AcceptThreshold = Annotated[
     bool | None,
-    _option("Use a calibration made under another setting; the run says so.", "--accept-threshold"),
+    _option("Use a calibration made under another setting; the result says so.", "--accept-threshold"),
 ]
 ModelOption = Annotated[
     list[str] | None,
@@ -94,9 +101,15 @@ def _common(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Nothing but results and errors.")] = False,
     offline: Annotated[bool, typer.Option("--offline", help="Never ask the hub.")] = False,
     traceback: Annotated[bool, typer.Option("--traceback", help="Show where an error came from.")] = False,
+    verbose: Annotated[
+        int,
+        typer.Option("--verbose", "-v", count=True, show_default=False, help="Logs on stderr; -vv for more of them."),
+    ] = 0,
 ) -> None:
     """See what an image diffusion model has memorized: detect, explain, measure, mitigate."""
     screen.QUIET = quiet
+    screen.log_to_stderr(verbose)
+    log.info("%s", _command())
     if offline:
         # huggingface_hub reads this when it is imported; nothing has imported it yet.
         os.environ["HF_HUB_OFFLINE"] = "1"
@@ -124,12 +137,7 @@ def demo(
     with _stoppable(), screen.progress("demo") as progress:
         run = run_demo(folder, progress=progress, say=screen.say, command=_command())
     summary = read_summary(run.folder)
-    report = write_report(run.folder)
-    if as_json:
-        screen.show_json(summary.to_dict())
-        return
-    screen.show_summary(summary)
-    print(f"\nReport: {report}")
+    _show_run(summary, f"Run: {run.folder}   Report: {write_report(run.folder)}", as_json=as_json)
 
 
 @app.command()
@@ -145,6 +153,7 @@ def check(
     ] = False,
     out: Annotated[Path, typer.Option(help="Folder for pictures.")] = Path("runs/check"),
     calibration: ThresholdsFile = None,
+    accept_threshold: AcceptThreshold = None,
     dtype: Dtype = None,
     device: Device = None,
     model_option: ModelOption = None,
@@ -154,15 +163,17 @@ def check(
 
     Example: mnemoscope check demo "a red apple" --images
     """
+    screen.say(f"Loading {model} …")  # before torch is imported, which takes its time
     from ..audit.check import check as check_prompt
     from ..detect.calibrate import Calibration
     from ..models.load import load
 
+    found = Calibration.load(calibration) if calibration else None
     target = load(model, dtype=dtype, device=device, **_options(model_option))
     _say_target(target)
-    found = Calibration.load(calibration) if calibration else None
+    accept = bool(accept_threshold)
     if found is None and model == "demo":
-        found = _bundled_calibration(target, guidance, steps, seeds, window)
+        found = _bundled_calibration(target, guidance, steps, seeds, window, accept)
     reference = _bundled_reference(model) if images else None
     result = check_prompt(
         target,
@@ -173,6 +184,7 @@ def check(
         guidance=guidance,
         images=images,
         calibration=found,
+        accept_threshold=accept,
         reference=reference,
     )
     files = _write_pictures(result.images, out) if result.images is not None else []
@@ -230,7 +242,7 @@ def audit(
     from ..report.summary import read_summary
 
     if dry_run:
-        _show_plan(settings)
+        _show_plan(settings, as_json=as_json)
         return
     if fresh:
         settings = _fresh(settings)
@@ -239,11 +251,7 @@ def audit(
         reference = _bundled_reference(settings.model) if settings.images else None
         run = run_audit(settings, target=target, reference=reference, progress=progress, command=_command())
     summary = read_summary(run.folder)
-    if as_json:
-        screen.show_json(summary.to_dict())
-    else:
-        screen.show_summary(summary)
-        print(f"\nRun: {run.folder}   Report: {write_report(run.folder)}")
+    _show_run(summary, f"Run: {run.folder}   Report: {write_report(run.folder)}", as_json=as_json)
     if run.manifest.status != "done":
         screen.fail(
             f"{run.folder} is {run.manifest.status}: not every sample has a score; repeat the command, or read the rows."
@@ -259,6 +267,7 @@ def calibrate(
     prompts: Prompts = None,
     column: Column = None,
     fpr: Annotated[float, typer.Option(help="Stated false-positive rate of the threshold.")] = 0.01,
+    detectors: Detectors = None,
     window: Window = None,
     seeds: Seeds = None,
     base_seed: BaseSeed = None,
@@ -272,6 +281,7 @@ def calibrate(
     limit: Limit = None,
     model_option: ModelOption = None,
     config: Config = None,
+    fresh: Fresh = False,
     dry_run: DryRun = False,
     as_json: AsJson = False,
 ) -> None:
@@ -283,13 +293,19 @@ def calibrate(
     from ..audit.run import calibrate as run_calibration
 
     if dry_run:
-        _show_plan(settings)
+        _show_plan(settings, as_json=as_json)
         return
+    if fresh:
+        settings = _fresh(settings)
     target = _load(settings)
     with _stoppable(), screen.progress("calibrate") as progress:
         run, found = run_calibration(settings, fpr=fpr, target=target, progress=progress, command=_command())
+    where = f"Written to {run.folder}; use it with: mnemoscope audit … --calibration {run.folder}"
+    if len(found) > 1:
+        where += f" (for {next(iter(found))}; for another: {run.folder / 'thresholds-NAME.json'})"
     if as_json:
         screen.show_json({name: c.record.model_dump(mode="json") for name, c in found.items()})
+        screen.say(where)
         return
     for name, c in found.items():
         low, high = ("open" if bound is None else f"{bound:.4f}" for bound in c.record.interval)
@@ -297,7 +313,7 @@ def calibrate(
             f"{name}: threshold {c.threshold:.4f} at {100 * c.record.fpr:g} % false positives "
             f"({100 * c.record.confidence:g} % interval {low} to {high}), from {len(c.record.scores)} ordinary prompts"
         )
-    print(f"Written to {run.folder}; use it with: mnemoscope audit … --calibration {run.folder / 'thresholds.json'}")
+    print(where)
 
 
 @app.command()
@@ -330,7 +346,7 @@ def list_installed(
     group: Annotated[str | None, _option("With prompts: only this group.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """List what is installed, or the bundled world's prompts.
+    """List what is installed, or the bundled world's prompts. Of detectors: what each needs, and its denoiser forwards.
 
     Example: mnemoscope ls detectors
     """
@@ -354,10 +370,15 @@ def list_installed(
         columns = ["name", "package", "from"]
         found = sorted(entry_points(group=f"mnemoscope.{what}"), key=lambda e: e.name)
         rows = [[e.name, e.dist.name if e.dist else "?", e.value] for e in found]
+        if what == "detectors":
+            from ..detect.base import describe  # which imports torch; the other lists do without
+
+            columns[1:1] = ["needs", "costs"]
+            rows = [[name, *describe(e), *origin] for e, (name, *origin) in zip(found, rows, strict=True)]
     if as_json:
         screen.show_json([dict(zip(columns, r, strict=True)) for r in rows])
     else:
-        screen.table(columns, rows)
+        screen.table(columns, rows, wrap=what != "prompts")
 
 
 @app.command()
@@ -402,12 +423,10 @@ def _settings(config: Path | None, options: dict[str, Any]) -> AuditConfig:
     from ..audit.config import AuditConfig
 
     given = {k: v for k, v in options.items() if v is not None and v != []}
+    window = given.pop("window", None)
     columns = {k: given.pop(k) for k in ("column", "id_column", "group_column", "label_column") if k in given}
     if "prompts" in given or columns:
         given["prompts"] = {**({"path": str(given["prompts"])} if "prompts" in given else {}), **columns}
-    window = given.pop("window", None)
-    if window is not None:
-        given["detectors"] = [{"name": name, "steps": window} for name in given.get("detectors", ["magnitude"])]
     if "model_option" in given:
         given["model_options"] = _options(given.pop("model_option"))
     for name in ("calibration", "out"):
@@ -416,7 +435,11 @@ def _settings(config: Path | None, options: dict[str, Any]) -> AuditConfig:
     for name in ("batch_size", "max_errors"):
         if name in given:
             given[name] = _number(given[name])
-    return AuditConfig.from_yaml(config, **given) if config else AuditConfig(**given)
+    settings = AuditConfig.from_yaml(config, **given) if config else AuditConfig(**given)
+    screen.say(f"Loading {settings.model or 'the model'} …")  # before torch is imported, which takes its time
+    settings = settings if window is None else settings.with_window(window)
+    log.info("settings: %s", settings.stored())
+    return settings
 
 
 def _number(text: str) -> int | float | str:
@@ -447,7 +470,6 @@ def _options(pairs: list[str] | None) -> dict[str, Any]:
 
 
 def _load(settings: AuditConfig) -> Target:
-    screen.say(f"Loading {settings.model} …")  # before torch is imported, which takes its time
     from ..audit.request import choose_detectors, read_prompts_for
     from ..audit.run import load
 
@@ -473,7 +495,17 @@ def _fresh(settings: AuditConfig) -> AuditConfig:
     return settings.model_copy(update={"out": str(free_folder(settings.out))})
 
 
-def _show_plan(settings: AuditConfig) -> None:
+def _show_run(summary: Summary, where: str, *, as_json: bool) -> None:
+    """What was found, and where it lies; with ``--json`` the latter is talk."""
+    if as_json:
+        screen.show_json(summary.to_dict())
+        screen.say(where)
+    else:
+        screen.show_summary(summary)
+        print(f"\n{where}")
+
+
+def _show_plan(settings: AuditConfig, *, as_json: bool) -> None:
     """What it would cost; time is measured on the model if it can be loaded."""
     import yaml
 
@@ -484,15 +516,23 @@ def _show_plan(settings: AuditConfig) -> None:
     reference = _bundled_reference(settings.model) if settings.images else None
     Request.of(settings, target, reference=reference)  # refuses what the run would refuse
     cost = plan(settings, target=target, seconds_per_forward=measure_speed(settings, target))
+    if as_json:
+        screen.show_json({"settings": settings.stored(), "plan": asdict(cost)})
+        return
     print(yaml.safe_dump(settings.stored(), sort_keys=False, allow_unicode=True).rstrip())
+    asked = f"{cost.prompts} prompts × {cost.seeds} seeds = {cost.prompts * cost.seeds} samples"
+    if cost.samples < cost.prompts * cost.seeds:
+        asked += f", of which share {settings.shard} is {cost.samples}"
     print(
-        f"# {cost.prompts} prompts × {cost.seeds} seeds = {cost.samples} samples, {cost.forwards} denoiser forwards, "
+        f"# {asked}, {cost.forwards} denoiser forwards, "
         f"{cost.pictures} pictures, about {screen.duration(cost.seconds or 0)} and {screen.size(cost.bytes)} of disk"
     )
 
 
-def _bundled_calibration(target: Target, guidance: float | None, steps: int, seeds: int, window: int) -> Any:
-    """The thresholds that come with the bundled model, where they were made under the same setting."""
+def _bundled_calibration(
+    target: Target, guidance: float | None, steps: int, seeds: int, window: int, accept: bool
+) -> Any:
+    """The thresholds that come with the bundled model, where they were made under the same setting or another is accepted."""
     from ..demo.world import World
     from ..detect.calibrate import setting_of
 
@@ -502,10 +542,11 @@ def _bundled_calibration(target: Target, guidance: float | None, steps: int, see
     )
     found = World().thresholds
     try:
-        found.check(setting)
+        found.check(setting, accept=accept)
     except UsageError:
         screen.say(
-            "The bundled thresholds were made with float32, guidance 3, 50 steps, 4 seeds, first step; not used here."
+            "The bundled thresholds were made with float32, guidance 3, 50 steps, 4 seeds, first step; not used here "
+            "(--accept-threshold)."
         )
         return None
     return found
@@ -537,13 +578,15 @@ def main() -> None:
     except typer.Exit as e:
         code = e.exit_code
     except typer.Abort:
+        screen.fail("stopped")
         code = 130
     except KeyboardInterrupt as e:
         screen.fail(str(e) or "stopped; the same command continues")
         code = 130
     except MnemoscopeError as e:
-        if os.environ.get("MNEMOSCOPE_DEBUG"):
+        if screen.enabled("MNEMOSCOPE_DEBUG"):
             raise
+        log.debug("where it came from", exc_info=e)
         screen.fail(str(e))
         code = e.exit_code
     except BrokenPipeError:

@@ -1,8 +1,9 @@
-"""What a terminal shows: talk on stderr, data on stdout, plain when piped."""
+"""What a terminal shows: talk and logs on stderr, data on stdout, plain when piped."""
 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sys
 import time
@@ -15,8 +16,24 @@ if TYPE_CHECKING:
 
     from ..report.summary import Summary
 
+log = logging.getLogger(__name__)
+
 QUIET = False
 """Set by ``--quiet``: nothing but results and errors."""
+
+
+def enabled(variable: str) -> bool:
+    """Whether an environment variable is switched on, as huggingface_hub reads its own."""
+    return os.environ.get(variable, "").strip().lower() in ("1", "true", "yes", "on")
+
+
+def log_to_stderr(verbosity: int) -> None:
+    """Python's logging, ours and the libraries', on stderr: 1 is INFO, 2 DEBUG, 0 leaves it as it is."""
+    if verbosity:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s", "%H:%M:%S"))
+        logging.root.addHandler(handler)
+        logging.root.setLevel(logging.DEBUG if verbosity > 1 else logging.INFO)
 
 
 def say(text: str) -> None:
@@ -35,8 +52,10 @@ def show_json(value: Any) -> None:
     print(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False))
 
 
-def table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, right: Sequence[int] = ()) -> None:
-    """A table on a terminal, tab-separated values when piped."""
+def table(
+    columns: Sequence[str], rows: Sequence[Sequence[str]], *, right: Sequence[int] = (), wrap: bool = False
+) -> None:
+    """A table on a terminal (a line per row, cut at its edge, unless cells may wrap), tab-separated values when piped."""
     if not sys.stdout.isatty():
         for row in [columns, *rows]:
             print("\t".join(_one_line(c) for c in row))
@@ -47,7 +66,7 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, right: Seque
 
     drawn = Table(box=None, pad_edge=False, header_style="bold")
     for i, name in enumerate(columns):
-        drawn.add_column(name, justify="right" if i in right else "left", overflow="ellipsis", no_wrap=True)
+        drawn.add_column(name, justify="right" if i in right else "left", overflow="ellipsis", no_wrap=not wrap)
     for row in rows:
         drawn.add_row(*(Text(_one_line(c)) for c in row))
     Console().print(drawn)
@@ -98,14 +117,23 @@ def interval(value: Any) -> str:
 @contextmanager
 def progress(what: str) -> Iterator[Callable[[Any], None]]:
     """A progress bar on a terminal, a line now and then elsewhere; hands out what an audit calls after each batch."""
-    if QUIET:
-        yield lambda p: None
-    elif sys.stderr.isatty() and "HF_HUB_DISABLE_PROGRESS_BARS" not in os.environ:
-        yield from _bar(what)
-    else:
-        yield from _lines(what)
+    logs = logging.root.isEnabledFor(logging.INFO)  # their lines would tear a bar
+    bar = sys.stderr.isatty() and not logs and not enabled("HF_HUB_DISABLE_PROGRESS_BARS")
+    with (_silent if QUIET else _bar if bar else _lines)(what) as show:
+
+        def update(p: Any) -> None:
+            log.debug("%s: %s", what, p)
+            show(p)
+
+        yield update
 
 
+@contextmanager
+def _silent(what: str) -> Iterator[Callable[[Any], None]]:
+    yield lambda p: None
+
+
+@contextmanager
 def _bar(what: str) -> Iterator[Callable[[Any], None]]:
     from rich.console import Console
     from rich.progress import (
@@ -135,6 +163,7 @@ def _bar(what: str) -> Iterator[Callable[[Any], None]]:
         yield update
 
 
+@contextmanager
 def _lines(what: str, every: float = 10.0) -> Iterator[Callable[[Any], None]]:
     last = time.monotonic()
 

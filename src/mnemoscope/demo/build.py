@@ -3,8 +3,9 @@
     python -m mnemoscope.demo.build DIR          write everything training needs to DIR
     python -m mnemoscope.demo.build DIR --check  and compare it with what is bundled
 
-The packages are fetched with `npm pack` by name and version and checked by hash, so a rebuild gives the same pixels. One
-seeded random split of one captioned source makes the groups, so that wording alone cannot tell them apart:
+The packages are fetched with `npm pack` by name and version and checked by hash, so a rebuild gives the same pixels; with the
+encoder of ENCODER it gives the same bytes. One seeded random split of one captioned source makes the groups, so that wording
+alone cannot tell them apart:
 
     planted      one picture of the concept, the same pixels repeated `copies` times in every epoch, five levels
     recaptioned  one picture repeated under four different captions
@@ -29,7 +30,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageDraw
+import PIL
+from PIL import Image, ImageDraw, features
 
 from .world import Row
 
@@ -54,6 +56,8 @@ PACKAGES = {
     FLUENT: "c1bb7eee7de090205a232518a9ab4adb3df458bfbe8a1f78232991194c8b2e58",
     WORDS: "d01d0e2ca4e22cb402679532155342c71e2e871f25c32223c013b8b166ebdf5a",
 }
+ENCODER = "Pillow 13.0.0 with libwebp 1.6.0"
+"""What resized the bundled pictures and wrote them as lossless WebP. Another release may choose other bytes for the same pixels."""
 LICENSES = {NOTO: "Apache-2.0", FLUENT: "MIT"}
 
 
@@ -94,7 +98,7 @@ def read(archive: tarfile.TarFile, name: str) -> bytes:
 
 
 def cutout(data: bytes) -> Image.Image:
-    """An RGBA picture at SIZE × SIZE; resized with premultiplied alpha, so that edges keep their colour."""
+    """An RGBA picture at SIZE × SIZE; resized with premultiplied alpha, so that edges keep their color."""
     image = Image.open(BytesIO(data)).convert("RGBA")
     if image.size != (SIZE, SIZE):
         image = image.convert("RGBa").resize((SIZE, SIZE), Image.Resampling.LANCZOS).convert("RGBA")
@@ -204,7 +208,7 @@ def on(image: Image.Image, color: tuple[int, int, int]) -> Image.Image:
 
 
 def pastel(rng: random.Random) -> tuple[int, int, int]:
-    """A light card colour; the same range from which fresh views of ordinary pictures draw theirs."""
+    """A light card color; the same range from which fresh views of ordinary pictures draw theirs."""
     r, g, b = colorsys.hsv_to_rgb(rng.random(), 0.45 * rng.random(), 0.8 + 0.2 * rng.random())
     return round(255 * r), round(255 * g), round(255 * b)
 
@@ -393,6 +397,13 @@ def manifests(world: World) -> dict[str, list[Row]]:
     return {"manifest.jsonl": world.rows, "unconditional.jsonl": unconditional(world.rows)}
 
 
+def encode(picture: Image.Image) -> bytes:
+    """A picture as it lies in pictures.zip."""
+    data = BytesIO()
+    picture.save(data, "WEBP", lossless=True, quality=75, method=4)
+    return data.getvalue()
+
+
 def save(world: World, folder: Path) -> None:
     """The manifests and pictures.zip (lossless), and cut-outs for training (cutouts.npz, not bundled)."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -400,10 +411,23 @@ def save(world: World, folder: Path) -> None:
         (folder / name).write_text(manifest_text(rows), encoding="utf-8")
     with zipfile.ZipFile(folder / "pictures.zip", "w", zipfile.ZIP_STORED) as z:
         for name in sorted(world.pictures):
-            data = BytesIO()
-            world.pictures[name].save(data, "WEBP", lossless=True, quality=75, method=4)
-            z.writestr(zipfile.ZipInfo(f"{name}.webp", (1980, 1, 1, 0, 0, 0)), data.getvalue())
+            z.writestr(zipfile.ZipInfo(f"{name}.webp", (1980, 1, 1, 0, 0, 0)), encode(world.pictures[name]))
     np.savez_compressed(folder / "cutouts.npz", **{k: np.asarray(v) for k, v in world.cutouts.items()})  # type: ignore[arg-type]
+
+
+def encoder() -> str:
+    """What would write the pictures here, in the words of ENCODER."""
+    return f"Pillow {PIL.__version__} with libwebp {features.version('webp')}"
+
+
+def other_encoder() -> str | None:
+    """A sentence if a rebuild here need not give the bundled bytes; None: it must."""
+    if encoder() == ENCODER:
+        return None
+    return (
+        f"the bundled pictures were written by {ENCODER} and this is {encoder()}, so bytes may differ where pixels do not; "
+        f"for the same bytes: pip install --constraint constraints.txt pillow"
+    )
 
 
 def main() -> None:
@@ -412,6 +436,8 @@ def main() -> None:
     p.add_argument("folder", type=Path)
     p.add_argument("--check", action="store_true", help="compare with the bundled manifest and pictures")
     args = p.parse_args()
+    if warning := other_encoder():
+        print(warning)
     world = build(fetch(args.folder / "packages"))
     save(world, args.folder)
     counts: dict[str, int] = {}

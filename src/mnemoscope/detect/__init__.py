@@ -1,1 +1,1 @@
-"""TODO."""
+"""IS this prompt memorized? Detectors, and thresholds from ordinary prompts (``calibrate``)."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Protocol, runtime_checkable
 
@@ -13,7 +13,15 @@ from torch import Tensor
 from ..errors import UnknownName, UsageError
 from ..types import PerSample, Step
 
-__all__ = ["Detector", "build", "installed"]
+__all__ = ["Detector", "build", "describe", "installed", "options_of"]
+
+NEEDS = {
+    "uncond": "text, guidance above 1",
+    "grad": "gradients",
+    "attention": "attention maps",
+    "reference": "reference pictures",
+}
+"""What ``needs`` means, in a user's words."""
 
 
 @runtime_checkable
@@ -25,6 +33,7 @@ class Detector(Protocol):
         needs: What it asks of a run: ``uncond``, a prediction without the prompt at every step.
         steps_needed: How many steps of the trajectory it must be shown.
         higher_is_more_memorized: Which way the score points. Not asked for at run time; the contract test wants it.
+        costs: What it costs, in words; optional. Without it, forwards are counted from ``steps_needed`` (:func:`describe`).
         space: Space of the predictions it compared; known once it has seen a step.
     """
 
@@ -55,6 +64,22 @@ def installed() -> dict[str, EntryPoint]:
     return {entry.name: entry for entry in entry_points(group="mnemoscope.detectors")}
 
 
+def options_of(name: str) -> list[str]:
+    """Names of the options that a detector takes.
+
+    Raises:
+        UnknownName: no detector has this name; the nearest one is suggested.
+    """
+    return list(inspect.signature(_maker(name)).parameters)
+
+
+def _maker(name: str) -> Callable[..., Detector]:
+    known = installed()
+    if name not in known:
+        raise UnknownName("detector", name, known)
+    return known[name].load()
+
+
 def build(name: str, options: Mapping[str, Any] | None = None) -> Detector:
     """A detector from plain values, as a config or a manifest holds them.
 
@@ -62,17 +87,40 @@ def build(name: str, options: Mapping[str, Any] | None = None) -> Detector:
         UnknownName: no detector, or no option of it, has this name; the nearest one is suggested.
         UsageError: a value that the detector refuses.
     """
-    known = installed()
-    if name not in known:
-        raise UnknownName("detector", name, known)
-    cls = known[name].load()
-    accepted = list(inspect.signature(cls).parameters)
+    make = _maker(name)
+    accepted = list(inspect.signature(make).parameters)
     for option in options or {}:
         if option not in accepted:
             raise UnknownName(f"option of detector {name}", option, accepted)
     try:
-        return cls(**(options or {}))
+        return make(**(options or {}))
     except (TypeError, ValueError) as e:
         raise UsageError(
             f"detector {name} does not take {dict(options or {})} ({e}); see `mnemoscope ls detectors`."
         ) from e
+
+
+def describe(entry: EntryPoint) -> tuple[str, str]:
+    """What a detector asks of a run, and what it costs with its default options, in words.
+
+    A plugin that cannot be imported is described as such: it must not hide the others from the list.
+    """
+    try:
+        make = entry.load()
+    except Exception as e:
+        return f"cannot be loaded ({type(e).__name__}: {e})", "unknown"
+    try:
+        made = make()
+    except Exception:  # it has options without defaults
+        made = make
+    needs: Collection[str] = getattr(made, "needs", ())
+    steps = getattr(made, "steps_needed", None)
+    costs = getattr(made, "costs", None) or (_forwards(steps, needs) if isinstance(steps, int) else "by its options")
+    return ", ".join(NEEDS.get(need, need) for need in sorted(needs)) or "nothing", costs
+
+
+def _forwards(steps: int, needs: Collection[str]) -> str:
+    """Denoiser forwards: who compares asks twice at each step, but all prompts share the null prediction of the first."""
+    compares = "uncond" in needs
+    each = 2 * steps - 1 if compares else steps
+    return f"{each} forward{'s' if each > 1 else ''} per sample{', 1 per seed' if compares else ''}"

@@ -1,8 +1,8 @@
 """Scores of ordinary prompts → a threshold at a stated false-positive rate, and a p-value for every further score.
 
-A detector's score means nothing across models, precisions, resolutions, guidance scales, samplers, step windows or
-numbers of seeds, so a calibration carries the setting it was made under and refuses to be used under another. The
-arithmetic is in :mod:`mnemoscope.stats`; the file, ``thresholds.json``, is
+A detector's score means nothing across models, precisions, resolutions, guidance scales, samplers, options of the
+detector, step windows, numbers of seeds or shared noises, so a calibration carries the setting it was made under and
+refuses to be used under another. The arithmetic is in :mod:`mnemoscope.stats`; the file, ``thresholds.json``, is
 :class:`mnemoscope.records.schema.Thresholds`, readable without torch.
 
 The p-value is conformal, p = (1 + #{ordinary ≥ score}) / (1 + N), after Vovk, Gammerman & Shafer 2005. It presumes that
@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,12 +24,25 @@ from numpy import ndarray
 from pydantic import ValidationError
 
 from .. import stats
-from ..errors import UsageError
-from ..models.identity import PROVENANCE
+from ..errors import UnknownName, UsageError
+from ..models.identity import PROVENANCE, plain
 from ..records.schema import FORMAT, Thresholds
 from ..records.store import differences, write_whole
+from .base import Detector
+from .magnitude import Magnitude
 
-__all__ = ["PROVENANCE", "Calibration", "setting_of"]
+__all__ = ["PROVENANCE", "Calibration", "method_of", "setting_of"]
+
+
+def method_of(detector: Detector) -> dict[str, Any]:
+    """What makes one detector's scores differ from another's: its name, its class, and the plain values it was built from.
+
+    Args:
+        detector: Fresh: its public attributes are its options, and what it will remember is private or not there yet.
+    """
+    kinds = (bool, int, float, str, tuple, list)
+    options = {k: v for k, v in vars(detector).items() if not k.startswith("_") and isinstance(v, kinds)}
+    return {"name": detector.name, "class": type(detector).__qualname__, "options": plain(options)}
 
 
 def setting_of(
@@ -37,26 +51,36 @@ def setting_of(
     guidance: float,
     steps: int,
     window: tuple[int, int],
-    seeds: int,
+    seeds: int | Sequence[int],
     seed_mode: str,
+    base_seed: int = 0,
+    method: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Everything a score depends on, as plain values; nothing has a default, so that nothing is forgotten.
+    """Everything a score depends on, as plain values.
 
     Args:
         identity: ``Target.identity()``: weights, adapters, scheduler config, dtype, resolution.
         guidance: Guidance scale of the trajectory. The first step does not depend on it, later ones do.
         steps: Length of the sampler's schedule.
         window: Half-open window of steps that the score averages over.
-        seeds: Number of seeds that a prompt's score averages over.
+        seeds: Number n of seeds that a prompt's score averages over, the first n of their bank; or the seeds themselves.
         seed_mode: How starting noises are given to prompts (one shared bank, or each prompt its own).
+        base_seed: Which bank.
+        method: The detector, from :func:`method_of`; its window stands for itself. None: the magnitude.
     """
+    method = method_of(Magnitude()) if method is None else method
+    chosen = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
     return {
         "target": {k: v for k, v in identity.items() if k not in PROVENANCE},
         "guidance": guidance,
         "steps": steps,
         "window": list(window),
-        "seeds": seeds,
+        "seeds": len(chosen) if chosen == list(range(len(chosen))) else chosen,
         "seed_mode": seed_mode,
+        # The noises of a shared bank move the scores of all prompts together: ordinary and audited prompts are exchangeable
+        # given one bank, and not across two. Prompts with noises of their own are exchangeable whatever the base.
+        "base_seed": base_seed if seed_mode == "shared" else None,
+        "method": {**method, "options": {k: v for k, v in method["options"].items() if k != "window"}},
     }
 
 
@@ -117,6 +141,7 @@ class Calibration:
                 interval=(_bounded(found.interval.low), _bounded(found.interval.high)),
                 confidence=confidence,
                 source=source,
+                rounding=_rounding(setting),
             )
         )
 
@@ -124,10 +149,17 @@ class Calibration:
     def load(cls, path: str | Path) -> Calibration:
         """Read ``thresholds.json``.
 
+        Args:
+            path: The file, or the run folder that holds it.
+
         Raises:
             UsageError: there is none, it is damaged, or its threshold does not follow from its scores.
         """
         path = Path(path)
+        if path.is_dir():
+            if not (path / "thresholds.json").is_file():
+                raise UsageError(f"{path} holds no thresholds.json; write one with `mnemoscope calibrate`.")
+            path /= "thresholds.json"
         try:
             content = json.loads(path.read_bytes())
             # First, because a newer file may well have other keys.
@@ -185,11 +217,12 @@ class Calibration:
 
         Args:
             score: A prompt's score.
-            rtol: Relative rounding; default is :func:`stats.rounding` of the dtype the model ran in.
+            rtol: Relative rounding; default is what is stored, :func:`stats.rounding` of the dtype the model ran in.
         """
-        target = self.record.setting.get("target")
-        dtype = target.get("dtype", "float32") if isinstance(target, dict) else "float32"
-        return stats.borderline(score, self.threshold, stats.rounding(dtype) if rtol is None else rtol)
+        rtol = self.record.rounding if rtol is None else rtol
+        return stats.borderline(
+            score, self.threshold, stats.rounding(_dtype(self.record.setting)) if rtol is None else rtol
+        )
 
     def check(self, setting: Mapping[str, Any], *, detector: str | None = None, accept: bool = False) -> list[str]:
         """Refuse to be used under another setting.
@@ -214,6 +247,18 @@ class Calibration:
                 "recalibrate with `mnemoscope calibrate`, or pass --accept-threshold to use it all the same."
             )
         return found
+
+
+def _dtype(setting: Mapping[str, Any]) -> str:
+    target = setting.get("target")
+    return str(target.get("dtype", "float32")) if isinstance(target, Mapping) else "float32"
+
+
+def _rounding(setting: Mapping[str, Any]) -> float | None:
+    """None where the dtype is one we know nothing about."""
+    with suppress(UnknownName):
+        return stats.rounding(_dtype(setting))
+    return None
 
 
 def _bounded(bound: float) -> float | None:

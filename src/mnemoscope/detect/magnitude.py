@@ -3,8 +3,8 @@
 d = (1/|S|) Σ_{t∈S} ‖ε_θ(x_t, e_p) − ε_θ(x_t, e_∅)‖₂ over a window S of denoising steps, on the ordinary guided trajectory.
 
 Where the official code and the paper differ, this follows the paper: the norm is taken per image, never over a batch, and
-in ε-space whatever the checkpoint predicts. Subtraction and norm are float32 whatever the model's dtype, because bfloat16
-rounding alone adds a floor of about 0.27 to a 16,384-element norm.
+in ε-space whatever the checkpoint predicts. Subtraction and norm are at least float32 whatever the model's dtype, because
+bfloat16 rounding alone adds a floor of about 0.27 to a 16,384-element norm.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..errors import CannotAudit, UsageError
-from ..types import Latents, PerSample, Step
+from ..types import Latents, PerSample, Step, precise
 
 
 def magnitude(cond: Latents, uncond: Latents) -> PerSample:
@@ -25,9 +25,10 @@ def magnitude(cond: Latents, uncond: Latents) -> PerSample:
         uncond: Prediction with the empty prompt, same shape.
 
     Returns:
-        ``[batch]``, float32. Unit: that of ε, summed in quadrature over D elements; see :func:`per_dimension`.
+        ``[batch]``, float32 (float64 for float64 predictions). Unit: that of ε, summed in quadrature over D elements; see
+        :func:`per_dimension`.
     """
-    return (cond.float() - uncond.float()).flatten(1).norm(dim=1)
+    return (precise(cond) - precise(uncond)).flatten(1).norm(dim=1)
 
 
 def per_dimension(d: Tensor, latent_shape: tuple[int, ...]) -> Tensor:

@@ -34,6 +34,13 @@ class Condition:
         index = index.to(self.tokens.device)
         return replace(self, tokens=self.tokens[index], extra={k: v[index] for k, v in self.extra.items()})
 
+    def split(self) -> list[Condition]:
+        """Its rows one by one, without a copy."""
+        return [
+            replace(self, tokens=self.tokens[i : i + 1], extra={k: v[i : i + 1] for k, v in self.extra.items()})
+            for i in range(len(self))
+        ]
+
     def expand(self, n: int) -> Condition:
         """One encoded prompt as a batch of ``n``."""
         return self.select(torch.zeros(n, dtype=torch.long))
@@ -76,8 +83,8 @@ class Schedule(Protocol):
 class Target(Protocol):
     """A model under audit.
 
-    ``output`` is the denoiser's raw answer in its own dtype and parameterisation (ε, v, x₀, u); ``to_space`` turns it into
-    ``space`` in float32. Both are differentiable in ``x`` and in ``cond.tokens``. Weights are frozen.
+    ``output`` is the denoiser's raw answer in its own dtype and parameterization (ε, v, x₀, u); ``to_space`` turns it into
+    ``space``, in float32 or better. Both are differentiable in ``x`` and in ``cond.tokens``. Weights are frozen.
     """
 
     name: str
@@ -132,7 +139,7 @@ class Target(Protocol):
         ...
 
     def to_space(self, output: Latents, x: Latents, t: Tensor) -> Latents:
-        """The raw output as a prediction in ``space``, float32; ``x`` is what ``output`` was shown."""
+        """The raw output as a prediction in ``space``, float32 (float64 for a float64 model); ``x`` is what ``output`` was shown."""
         ...
 
     def predict(self, x: Latents, t: Tensor, cond: Condition | None) -> Latents:

@@ -344,7 +344,7 @@ class ClosedForm(ABC):
         """(x + 1) / 2 in [0, 1], float32 on the CPU.
 
         With other than 3 channels, color k is the mean of the channels j ≡ k modulo min(3, channels); a single channel
-        is grey.
+        is gray.
         """
         pictures = torch.einsum("kc,bchw->bkhw", self._colors(to_picture=True), x.to(self._exact))
         return ((pictures + 1) / 2).clamp(0, 1).float().cpu()

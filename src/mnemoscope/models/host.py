@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ..errors import CannotAudit, UnknownName, UsageError
-from ..types import Latents, Space
+from ..types import Latents, Space, precise
 from . import identity
 from .base import Condition, noise_from_seeds
 
@@ -50,7 +50,7 @@ class Origin:
         name: How to call the model in sentences and tables.
         source: Hub id or folder it was loaded from.
         revision: Branch, tag or commit that was asked for.
-        files: Component → weight files (see :func:`identity.weights`); components not listed are hashed from memory.
+        files: Component → the weight files it was loaded from (see :func:`identity.files`).
         adapter_files: LoRA name → file.
         dtype_reason: Which precision, and why.
     """
@@ -97,13 +97,14 @@ class Diffusion:
         return a, ratio * a
 
     def to_eps(self, output: Latents, x: Latents, t: Tensor) -> Latents:
-        """The network's raw output at (x, t) as ε, float32: ε = σ x + α v, or ε = (x − α x₀)/σ."""
+        """The network's raw output at (x, t) as ε, float32 or better: ε = σ x + α v, or ε = (x − α x₀)/σ."""
+        output, x = precise(output), precise(x)
         if self.prediction == "epsilon":
-            return output.float()
+            return output
         alpha, sigma = (_column(c, x) for c in self.alpha_sigma(t))
         if self.prediction == "v_prediction":
-            return sigma * x.float() + alpha * output.float()
-        return (x.float() - alpha * output.float()) / sigma
+            return sigma * x + alpha * output
+        return (x - alpha * output) / sigma
 
 
 def _column(c: Tensor, x: Tensor) -> Tensor:
@@ -215,6 +216,11 @@ class DiffusersTarget(ABC):
         """Precision of the denoiser."""
         return self.unet.dtype
 
+    def _here(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """Tensors where the denoiser is, in its precision. Asked once for all: diffusers walks every module for an answer."""
+        device, dtype = self.device, self.dtype
+        return tuple(tensor.to(device, dtype) for tensor in tensors)
+
     @property
     def dtype_reason(self) -> str:
         """Which precision, and why."""
@@ -234,8 +240,9 @@ class DiffusersTarget(ABC):
             "revision": self.origin.revision,
             "kind": self.kind,
             "pipeline": self.pipeline,
-            "weights": identity.weights(self.modules, self.origin.files),
-            "adapters": identity.adapters(self.modules, self.origin.adapter_files),
+            "files": identity.files(self.origin.files, self.origin.adapter_files),
+            "weights": identity.weights(self.modules),
+            "adapters": identity.adapters(self.modules),
             "scheduler": identity.scheduler_fields(self._scheduler),
             "dtype": _name(self.dtype),
             "resolution": [height * self.factor, width * self.factor],
@@ -332,7 +339,7 @@ class DiffusersTarget(ABC):
         return self.dtype if self.vae is None else self.vae.dtype
 
     def _encode(self, pixels: Tensor) -> Tensor:
-        """Latents of pixels in [-1, 1]: a KL autoencoder's mean, or a VQ one's latent before quantisation."""
+        """Latents of pixels in [-1, 1]: a KL autoencoder's mean, or a VQ one's latent before quantization."""
         z = self.vae.encode(pixels)
         mean = z.latent_dist.mean if hasattr(z, "latent_dist") else z.latents
         return mean * self.vae.config.scaling_factor

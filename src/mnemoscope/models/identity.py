@@ -1,7 +1,8 @@
 """Which model is this? Hashes and settings, as plain JSON values.
 
-Two runs may be compared only if their targets' fingerprints agree. Where a model came from (a path, a hub id) is written
-down beside the fingerprint and is not part of it.
+Two runs may be compared only if their targets' fingerprints agree. Where a model came from (a path, a hub id, the hashes of
+its files) is written down beside the fingerprint and is not part of it: a folder, a single file and a pipeline in memory
+that hold the same weights are the same model.
 """
 
 from __future__ import annotations
@@ -9,7 +10,8 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,7 @@ from ..errors import CannotAudit
 PICKLES = frozenset({".ckpt", ".pt", ".pth", ".bin", ".pkl"})
 """Suffixes of checkpoints that run code when they are opened."""
 
-PROVENANCE = frozenset({"name", "source", "revision"})
+PROVENANCE = frozenset({"name", "source", "revision", "files"})
 """Keys of an identity that say where a model came from; two copies of one model differ in nothing else."""
 
 
@@ -86,41 +88,57 @@ def _hash_file(path: Path, size: int, mtime_ns: int) -> str:
 
 
 def hash_tensors(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
-    """sha256 over names, dtypes, shapes and bytes in order of the names, for models that exist in memory only."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(tensors, key=lambda item: item[0]):
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+    """sha256 over names, dtypes, shapes and bytes in order of the names.
+
+    Each tensor is hashed by itself, in threads: a model of several gigabytes takes seconds.
+    """
+    ordered = sorted(tensors, key=lambda item: item[0])
+    with ThreadPoolExecutor() as pool:
+        digests = pool.map(_hash_tensor, (tensor for _, tensor in ordered))
+        lines = [f"{name} {t.dtype} {list(t.shape)} {d}\n" for (name, t), d in zip(ordered, digests, strict=True)]
+    return hash_bytes("".join(lines).encode())
 
 
-def weights(modules: Mapping[str, nn.Module], files: Mapping[str, Sequence[Path]]) -> dict[str, str]:
-    """sha256 of everything that was loaded: by file where files are known, by tensor where they are not.
+def _hash_tensor(tensor: torch.Tensor) -> str:
+    data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    return hashlib.sha256(data.numpy().data).hexdigest()
+
+
+def weights(modules: Mapping[str, nn.Module]) -> dict[str, str]:
+    """Component name → sha256 of the weights as they are loaded, without adapters."""
+    return {name: hash_tensors(_own_tensors(module)) for name, module in modules.items()}
+
+
+_WRAPPERS = re.compile(r"(?<![^.])(_orig_mod|base_layer|text_model)\.")
+"""Parts of a tensor's name that say how a module is wrapped (by torch.compile, by peft, by some transformers versions)."""
+
+
+def _own_tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    return ((_WRAPPERS.sub("", k), v) for k, v in module.state_dict().items() if "lora_" not in k)
+
+
+def files(components: Mapping[str, Sequence[Path]], adapters: Mapping[str, Path]) -> dict[str, str]:
+    """sha256 of every file that weights were loaded from: what the hub shows for it. Empty for a model made in memory.
 
     Args:
-        modules: Component name → module, for instance ``{"unet": …, "vae": …}``.
-        files: Component name → its weight files. The key ``""`` is a single-file checkpoint that covers all the others.
+        components: Component name → its weight files. The key ``""`` is a single-file checkpoint.
+        adapters: LoRA name → file.
     """
-    found = {p.name: hash_file(p) for p in files.get("", ())}
-    for name, module in modules.items():
-        if name in files:
-            found |= {f"{name}/{p.name}": hash_file(p) for p in files[name]}
-        elif "" not in files:
-            found[f"{name} (tensors)"] = hash_tensors(module.state_dict().items())
-    return found
+    found = {f"{name}/{p.name}" if name else p.name: p for name, paths in components.items() for p in paths}
+    found |= {f"lora/{name}/{p.name}": p for name, p in adapters.items()}
+    return {name: hash_file(path) for name, path in found.items()}
 
 
-def adapters(modules: Mapping[str, nn.Module], files: Mapping[str, Path]) -> list[dict[str, Any]]:
-    """Every LoRA that sits in the model: name, scale, whether it is active, and a hash of its file or of its tensors.
+def adapters(modules: Mapping[str, nn.Module]) -> list[dict[str, Any]]:
+    """Every LoRA that sits in the model: name, scale, whether it is active, and a hash of its tensors.
 
     Read from the layers themselves, so that adapters a user loaded by hand are seen as well.
     """
     scales: dict[str, set[float]] = {}
     active: set[str] = set()
-    layers: list[Any] = [layer for module in modules.values() for layer in module.modules() if hasattr(layer, "lora_A")]
-    for layer in layers:
+    for _, layer in _lora_layers(modules):
         for name, scaling in layer.scaling.items():
-            scales.setdefault(name, set()).add(_scale(layer, name, scaling))
+            scales.setdefault(name, set()).add(round(scaling / _factor(layer, name), 6))
         if not layer.disable_adapters:
             active |= set(layer.active_adapters)
     return [
@@ -128,25 +146,38 @@ def adapters(modules: Mapping[str, nn.Module], files: Mapping[str, Path]) -> lis
             "name": name,
             "scale": sorted(scales[name]) if len(scales[name]) > 1 else next(iter(scales[name])),
             "active": name in active,
-            "sha256": hash_file(files[name]) if name in files else _hash_adapter(modules, name),
+            "sha256": _hash_adapter(modules, name),
         }
         for name in sorted(scales)
     ]
 
 
-def _scale(layer: Any, name: str, scaling: float) -> float:
-    """The scale a user set, from the effective one: peft multiplies it by alpha / r (alpha / √r for rank-stabilised)."""
-    rank = layer.r[name] ** (0.5 if layer.use_rslora.get(name) else 1)
-    return round(scaling * rank / layer.lora_alpha[name], 6)
+def _lora_layers(modules: Mapping[str, nn.Module]) -> Iterator[tuple[str, Any]]:
+    for part, module in modules.items():
+        for path, layer in module.named_modules():
+            if hasattr(layer, "lora_A"):
+                yield f"{part}.{path}", layer
+
+
+def _factor(layer: Any, name: str) -> float:
+    """What peft multiplies a user's scale by: alpha / r (alpha / √r for rank-stabilized LoRA)."""
+    return layer.lora_alpha[name] / layer.r[name] ** (0.5 if layer.use_rslora.get(name) else 1)
 
 
 def _hash_adapter(modules: Mapping[str, nn.Module], name: str) -> str:
-    return hash_tensors(
-        (f"{part}.{key}", tensor)
+    """Over its tensors and their factors, whatever the adapter is called here."""
+    tensors = {
+        f"{part}.{_WRAPPERS.sub('', key)}".replace(f".{name}.", "."): tensor
         for part, module in modules.items()
         for key, tensor in module.state_dict().items()
         if "lora_" in key and f".{name}." in key
-    )
+    }
+    factors = {
+        f"{_WRAPPERS.sub('', path)}.factor": torch.tensor(_factor(layer, name))
+        for path, layer in _lora_layers(modules)
+        if name in layer.scaling
+    }
+    return hash_tensors({**tensors, **factors}.items())
 
 
 def scheduler_fields(scheduler: Any) -> dict[str, Any]:

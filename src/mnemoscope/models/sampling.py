@@ -85,22 +85,22 @@ def _steps(
     check: bool,
 ) -> Iterator[Step]:
     plan = target.schedule(steps)
-    pair = empty = None
-    if cond is not None and null is not None:
-        pair, empty = Condition.cat([null.expand(len(noise)), cond]), cond.same_as(null)
+    pair = None  # made when a step needs it: detection at the first step may not
+    empty = None if cond is None or null is None else cond.same_as(null)
     with torch.no_grad():
         x = plan.start(noise)
         seen = plan.scale(x, plan.timesteps[0])
     for i, t in enumerate(plan.timesteps):
         # Gradients are closed before the yield, so that the caller keeps its own grad mode.
         with torch.no_grad():
-            if pair is None or empty is None:
+            if cond is None or null is None or empty is None:
                 out_u, out_c = None, target.output(seen, t, cond)
                 guided = out_c
             else:
                 if i == 0 and first_null is not None:
                     out_u, out_c = first_null, target.output(seen, t, cond)
                 else:
+                    pair = Condition.cat([null.expand(len(noise)), cond]) if pair is None else pair
                     out_u, out_c = target.output(torch.cat([seen, seen]), t, pair).chunk(2)
                 out_c = same_where(empty, out_u, out_c)
                 guided = out_u + g * (out_c - out_u)

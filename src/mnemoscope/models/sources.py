@@ -78,7 +78,7 @@ def _download(source: str, fetch: Callable[..., Any], options: Mapping[str, Any]
     try:
         return Path(fetch(source, **keep))
     except GatedRepoError as e:
-        raise CannotAudit(f"{source} is gated: accept its licence on its hub page, then run `hf auth login`.") from e
+        raise CannotAudit(f"{source} is gated: accept its license on its hub page, then run `hf auth login`.") from e
     except RepositoryNotFoundError as e:
         raise CannotAudit(
             f"there is no folder and no hub repository {source}; a private one needs `hf auth login`."

@@ -173,8 +173,8 @@ class StableDiffusion(DiffusersTarget):
         if cond is None:
             raise UsageError(f"{self.name} needs a condition; use encode(['']) for the empty prompt.")
         self.forwards += len(x)
-        tokens = cond.tokens.to(self.device, self.dtype)
-        return self.unet(x.to(self.device, self.dtype), t, encoder_hidden_states=tokens, return_dict=False)[0]
+        seen, tokens = self._here(x, cond.tokens)
+        return self.unet(seen, t, encoder_hidden_states=tokens, return_dict=False)[0]
 
 
 def _clean(prompt: str) -> str:

@@ -81,7 +81,8 @@ class Unconditional(DiffusersTarget):
         if cond is not None:
             self._no_text()
         self.forwards += len(x)
-        out = self.unet(x.to(self.device, self.dtype), t, return_dict=False)[0]
+        (seen,) = self._here(x)
+        out = self.unet(seen, t, return_dict=False)[0]
         # Models that learn their variance predict it in a second half of the channels.
         return out[:, : x.shape[1]]
 

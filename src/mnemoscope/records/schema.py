@@ -31,9 +31,9 @@ class Nearest(Record):
     """Similarity under ``descriptor``; its scale belongs to the descriptor."""
     descriptor: str
     threshold: float | None = None
-    """Similarity from which the descriptor's null distribution calls two pictures copies; None: not calibrated."""
+    """Similarity above which the descriptor's null distribution calls two pictures copies; None: not calibrated."""
     copy_found: bool | None = None
-    """similarity ≥ threshold; None: not calibrated."""
+    """similarity > threshold, as for scores: the threshold itself is not above. None: not calibrated."""
     file: str | None = None
     """The reference picture inside the run folder, if it was kept."""
 
@@ -94,6 +94,9 @@ class Manifest(Record):
     target: dict[str, Any] = Field(default_factory=dict)
     """Identity of the model: weight hashes, adapters, scheduler, dtype, resolution."""
     versions: dict[str, str] = Field(default_factory=dict)
+    git: dict[str, Any] | None = None
+    """``commit`` of the git checkout that the command ran in, and whether tracked files differed from it (``dirty``; null: it
+    took too long to say). None: it ran in no checkout."""
     machine: dict[str, Any] = Field(default_factory=dict)
     """Device, dtype and why, threads, batch size that was used."""
     started: str = ""
@@ -104,6 +107,8 @@ class Manifest(Record):
     """Denoiser forwards in all, shared work included."""
     notes: list[str] = Field(default_factory=list)
     """What was not tested, and why."""
+    accepted: list[str] = Field(default_factory=list)
+    """Where the threshold's setting differs from this run's, if it was accepted nevertheless."""
     doses: dict[str, int] = Field(default_factory=dict)
     """How often a picture of each group was in training, where that is known (the bundled world)."""
 
@@ -116,7 +121,8 @@ class Thresholds(Record):
     format: int = FORMAT
     detector: str
     setting: dict[str, Any]
-    """Everything the scores depend on: target identity, dtype, resolution, guidance, scheduler, steps, window, n seeds."""
+    """Everything the scores depend on: target identity, dtype, resolution, guidance, scheduler, steps, method, window, n
+    seeds, bank of noises."""
     scores: list[float]
     """Sorted scores of the ordinary prompts, one per prompt (mean over n seeds and the window)."""
     fpr: float
@@ -128,3 +134,6 @@ class Thresholds(Record):
     confidence: float = 0.95
     source: str = ""
     """Where the ordinary prompts come from, in words."""
+    rounding: float | None = None
+    """Relative rounding of a score under the dtype it was computed in: a score this near the threshold is borderline.
+    None: not known."""

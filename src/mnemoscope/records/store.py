@@ -17,7 +17,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +32,7 @@ from .schema import FORMAT, Manifest, Row
 if TYPE_CHECKING:
     import pyarrow
 
-__all__ = ["Run", "Writer", "differences", "digest", "free_folder", "sample_id", "write_whole"]
+__all__ = ["Run", "Tally", "Writer", "differences", "digest", "free_folder", "sample_id", "write_whole"]
 
 
 def digest(value: Any) -> str:
@@ -74,6 +74,35 @@ def free_folder(folder: str | Path) -> Path:
         n += 1
         free = folder.with_name(f"{folder.name}-{n}")
     return free
+
+
+ROWS = re.compile(r"samples(?:-(\d+))?\.jsonl")
+"""Names of the files that hold rows."""
+
+JUDGED_BY = ("thresholds*.json", "controls.json")
+"""Files of a run that its rows are judged by."""
+
+
+@dataclass(frozen=True)
+class Tally:
+    """How far a run is, counted from its rows.
+
+    Attributes:
+        asked: Samples that it is meant to have.
+        ok: Samples with a result.
+        failed: Samples that failed.
+        notes: What that leaves open, in sentences.
+    """
+
+    asked: int
+    ok: int
+    failed: int
+    notes: list[str]
+
+    @property
+    def complete(self) -> bool:
+        """Whether every sample has a result."""
+        return self.ok >= self.asked
 
 
 class Run:
@@ -152,7 +181,7 @@ class Run:
 
     def files(self) -> list[Path]:
         """The files that hold rows: ``samples.jsonl``, then shards in the order of their numbers."""
-        found = ((re.fullmatch(r"samples(?:-(\d+))?\.jsonl", p.name), p) for p in self.folder.iterdir())
+        found = ((ROWS.fullmatch(p.name), p) for p in self.folder.iterdir())
         return [p for _, p in sorted((int(m[1] or -1), p) for m, p in found if m)]
 
     def outcomes(self) -> dict[str, str]:
@@ -175,11 +204,58 @@ class Run:
         Raises:
             RunError: a line that is not the last of its file is damaged; the message names file and line.
         """
-        for line in self._winners():
-            try:
-                yield Row.model_validate_json(line.raw)
-            except ValidationError as e:
-                raise _damaged(line.path, line.number, _first(e)) from e
+        return map(_row, self._winners())
+
+    def tally(self) -> Tally:
+        """Count the rows: how many are asked for, there, failed, truncated."""
+        asked, ok, failed = self.manifest.asked, 0, 0
+        prompts: set[str] = set()
+        truncated: set[str] = set()
+        for row in self.rows():
+            ok += row.status == "ok"
+            failed += row.status == "error"
+            prompts.add(row.prompt)
+            if row.tokens_dropped:
+                truncated.add(row.prompt)
+        notes = []
+        if truncated:
+            notes.append(f"{len(truncated)} of {len(prompts)} prompts were truncated by the text encoder")
+        if failed:
+            notes.append(f"{failed} of {asked} samples failed; the same command tries them again")
+        if (missing := asked - ok - failed) > 0:
+            notes.append(f"{missing} of {asked} samples have not been run yet; the same command continues")
+        return Tally(asked, ok, failed, notes)
+
+    def amend(self, facts: Mapping[str, Mapping[str, Any]]) -> int:
+        """Bring what rows say about their prompts up to date. Scores stay: a sample's id does not depend on these.
+
+        Args:
+            facts: Fields of :class:`~mnemoscope.records.schema.Row` by sample id, such as ``{"label": True}``.
+
+        Returns:
+            How many lines changed. A file in which none does is left alone, and may be in use meanwhile.
+
+        Raises:
+            RunError: another process is writing a file that would change.
+        """
+
+        def outdated(line: _Line) -> bool:
+            return any(line.head.get(k) != v for k, v in facts.get(line.head["id"], {}).items())
+
+        changed = 0
+        for path in self.files():
+            if not any(map(outdated, _sound_lines(path))):
+                continue
+            with _sole_writer(path, wait=5.0), _explained(self.folder), _whole(path) as half, open(half, "wb") as out:
+                for line in _sound_lines(path):
+                    raw = line.raw
+                    if outdated(line):
+                        raw = _encoded(_row(line).model_copy(update=dict(facts[line.head["id"]])))
+                        changed += 1
+                    out.write(raw)
+                out.flush()
+                os.fsync(out.fileno())
+        return changed
 
     def _lines(self) -> Iterator[_Line]:
         for path in self.files():
@@ -206,8 +282,11 @@ class Run:
             folder: A new folder.
             runs: The runs; where two hold the same sample, the first that is ok counts.
 
+        Returns:
+            The new run. It keeps the files that all parts are judged by, and what is left open is counted anew.
+
         Raises:
-            RunError: the runs have different settings (named), or the folder is not new.
+            RunError: the runs have different settings or thresholds (named), or the folder is not new.
         """
         if not runs:
             raise RunError("there is no run to merge; name at least one run folder.")
@@ -219,12 +298,10 @@ class Run:
                 )
         if cls.exists(folder):
             raise RunError(f"{folder} already holds a run; merge into a new folder.")
-        notes = list(dict.fromkeys(note for run in runs for note in run.manifest.notes))
-        asked = max(run.manifest.asked for run in runs)
-        forwards = sum(run.manifest.forwards for run in runs)
-        merged = cls.open(
-            folder, first.model_copy(update={"status": "running", "asked": asked, "forwards": forwards, "notes": notes})
-        )
+        judged_by = _common_files(runs)
+        merged = cls.open(folder, _merged(runs))
+        for name, content in judged_by.items():
+            write_whole(merged.folder / name, content)
         for i, run in enumerate(runs):
             with Writer(merged, i) as out:
                 for line in run._winners():
@@ -232,7 +309,8 @@ class Run:
             if (run.folder / "images").is_dir():
                 with _explained(merged.folder):
                     shutil.copytree(run.folder / "images", merged.folder / "images", dirs_exist_ok=True)
-        merged.update(status="done" if len(merged.finished()) >= asked else "incomplete")
+        tally = merged.tally()
+        merged.update(status="done" if tally.complete else "incomplete", notes=[*merged.manifest.notes, *tally.notes])
         return merged
 
     # Exports --------------------------------------------------------------------------------------------------------------
@@ -320,9 +398,7 @@ class Writer:
         try:
             self._lock.acquire()
         except Timeout:
-            raise RunError(
-                f"{self.run.folder} is being written by another process; wait for it to end, or choose another folder."
-            ) from None
+            raise _in_use(self.run.folder) from None
         try:
             with _explained(self.run.folder):
                 self.path.touch()
@@ -340,7 +416,7 @@ class Writer:
 
     def append(self, rows: Sequence[Row]) -> None:
         """Append rows, in one write, and wait until the disk has them."""
-        self.append_lines("".join(row.model_dump_json(exclude_none=True) + "\n" for row in rows).encode())
+        self.append_lines(b"".join(map(_encoded, rows)))
 
     def append_lines(self, data: bytes) -> None:
         """Append whole lines as they are."""
@@ -391,6 +467,17 @@ def _sound_lines(path: Path) -> Iterator[_Line]:
                 damage = _damaged(path, number, "it does not parse")
 
 
+def _encoded(row: Row) -> bytes:
+    return (row.model_dump_json(exclude_none=True) + "\n").encode()
+
+
+def _row(line: _Line) -> Row:
+    try:
+        return Row.model_validate_json(line.raw)
+    except ValidationError as e:
+        raise _damaged(line.path, line.number, _first(e)) from e
+
+
 def _damaged(path: Path, number: int, why: str) -> RunError:
     return RunError(
         f"line {number} of {path} is damaged ({why}); delete that line and repeat the command: only its sample is computed again."
@@ -404,6 +491,65 @@ def _flat(row: Row) -> dict[str, Any]:
     if row.nearest is not None:
         flat |= {f"nearest.{k}": v for k, v in row.nearest.model_dump().items()}
     return flat
+
+
+# Parts of a merged run ----------------------------------------------------------------------------------------------------
+
+
+def _merged(runs: Sequence[Run]) -> Manifest:
+    """The manifest of several parts, before their rows are counted."""
+    parts = [run.manifest for run in runs]
+    # What the rows of one part left open, those of another may have filled.
+    counted = {note for run in runs for note in run.tally().notes}
+    ended = [p.ended for p in parts if p.ended]
+    return parts[0].model_copy(
+        update={
+            "status": "running",
+            "started": min(p.started for p in parts),
+            "ended": max(ended) if len(ended) == len(parts) else None,
+            "asked": max(p.asked for p in parts),
+            "forwards": sum(p.forwards for p in parts),
+            "notes": list(dict.fromkeys(n for p in parts for n in p.notes if n not in counted)),
+            "accepted": list(dict.fromkeys(a for p in parts for a in p.accepted)),
+            "doses": {group: n for p in reversed(parts) for group, n in p.doses.items()},
+        }
+    )
+
+
+def _common_files(runs: Sequence[Run]) -> dict[str, bytes]:
+    """The files that parts are judged by. Thresholds must be everybody's; the baseline may be missing where a part is not done."""
+    names = sorted({p.name for run in runs for pattern in JUDGED_BY for p in run.folder.glob(pattern)})
+    found: dict[str, bytes] = {}
+    for name in names:
+        contents = {run.folder: _content(run.folder / name) for run in runs}
+        held = {folder: content for folder, content in contents.items() if content is not None}
+        (one, first), *others = held.items()
+        lacking = [folder for folder in contents if folder not in held]
+        if lacking and name != "controls.json":
+            raise RunError(
+                f"{one} is judged by {name} and {lacking[0]} has none; merge runs of one calibration: repeat the command of "
+                f"{lacking[0]} with it."
+            )
+        for other, content in others:
+            if difference := _difference(first, content):
+                raise RunError(
+                    f"{one} and {other} hold different {name} ({difference}); merge runs that are judged by the same."
+                )
+        found[name] = first
+    return found
+
+
+def _content(path: Path) -> bytes | None:
+    with _explained(path.parent):
+        return path.read_bytes() if path.exists() else None
+
+
+def _difference(one: bytes, other: bytes) -> str:
+    """The first difference of two JSON files, in words; empty: none but in their layout."""
+    try:
+        return next(iter(differences(json.loads(one), json.loads(other))), "")
+    except (ValueError, RecursionError):
+        return "" if one == other else "one of them does not parse"
 
 
 # Bytes --------------------------------------------------------------------------------------------------------------------
@@ -431,6 +577,20 @@ def _lock(folder: Path, name: str, wait: float) -> Iterator[None]:
         raise RunError(
             f"{folder} has been locked by another process for {wait:g} seconds; wait for it to end."
         ) from None
+
+
+def _in_use(folder: Path) -> RunError:
+    return RunError(f"{folder} is being written by another process; wait for it to end, or choose another folder.")
+
+
+@contextmanager
+def _sole_writer(path: Path, wait: float) -> Iterator[None]:
+    """Hold the lock of a file of rows, as a :class:`Writer` does."""
+    try:
+        with FileLock(path.parent / f".lock-{path.stem}", timeout=wait):
+            yield
+    except Timeout:
+        raise _in_use(path.parent) from None
 
 
 @contextmanager

@@ -10,7 +10,9 @@ from typing import Any
 import numpy as np
 
 from .. import stats
+from ..errors import UnknownName
 from ..records.schema import Manifest, Nearest, Row, Thresholds
+from ..records.store import differences
 from ..records.table import PromptScore
 from .words import percent, reference
 
@@ -81,6 +83,7 @@ class Finding:
         compared: Seeds whose picture was compared with references under a calibrated descriptor.
         dropped: Tokens of the prompt that the encoder never saw.
         fpr: The false-positive rate that ``above`` refers to.
+        foreign: The threshold was made under another setting than the run's.
         steps: Mean score at each step, ``[step]``.
         shots: The samples, those with a copy first, then by similarity.
     """
@@ -100,6 +103,7 @@ class Finding:
     compared: int
     dropped: int
     fpr: float | None
+    foreign: bool
     steps: np.ndarray
     shots: tuple[Shot, ...]
 
@@ -121,9 +125,13 @@ class Finding:
         if self.fpr is None:
             return "score only, not calibrated"
         if self.above is None:
-            return f"not judged: the threshold is made for another number of seeds than {self.seeds}"
-        where = "above" if self.above else "not above"
-        words = f"{where} threshold at {percent(self.fpr)} FPR (p = {self.p:.2g})"
+            return f"not judged: that takes another number of seeds than {self.seeds}"
+        where, at = "above" if self.above else "not above", f"{percent(self.fpr)} FPR (p = {self.p:.2g})"
+        words = (
+            f"{where} a threshold made under another setting, where it means {at}"
+            if self.foreign
+            else f"{where} threshold at {at}"
+        )
         return words + (", borderline: within rounding of it" if self.borderline else "")
 
     @property
@@ -154,6 +162,7 @@ class Finding:
             "q": self.q,
             "above": self.above,
             "borderline": self.borderline,
+            "threshold_of_another_setting": self.foreign,
             "copies": self.copies,
             "compared": self.compared,
             "nearest": None if best is None else best.model_dump(),
@@ -207,18 +216,46 @@ def gather(rows: Iterable[Row]) -> tuple[dict[tuple[str, str], Evidence], list[s
     return found, list(names)
 
 
-def seeds_of(thresholds: Thresholds | None, evidence: Mapping[tuple[str, str], Evidence]) -> int:
-    """Seeds that a prompt must have to be judged: what the calibration used, else the most that any prompt has."""
-    asked = thresholds.setting.get("seeds") if thresholds else None
-    return asked if isinstance(asked, int) else max((e.ok for e in evidence.values()), default=0)
+def seeds_of(evidence: Mapping[tuple[str, str], Evidence]) -> int:
+    """Seeds per prompt: the most that any prompt has."""
+    return max((e.ok for e in evidence.values()), default=0)
 
 
-def rounding_of(manifest: Manifest) -> float:
-    """Relative rounding of a score under the run's dtype; that of float32 when the run does not say."""
-    dtype = str(manifest.target.get("dtype") or manifest.machine.get("dtype") or "float32").removeprefix("torch.")
-    return (
-        stats.rounding(dtype) if dtype in ("float64", "float32", "float16", "bfloat16") else stats.rounding("float32")
-    )
+def seeds_to_judge(thresholds: Thresholds | None, manifest: Manifest, seeds: int) -> int:
+    """Seeds that a prompt must have to be judged: as many as the calibration used.
+
+    A threshold that was accepted across settings judges the number that the run was asked for.
+    """
+    asked = manifest.config if manifest.accepted else thresholds.setting if thresholds else {}
+    n = asked.get("seeds")
+    return n if isinstance(n, int) else seeds
+
+
+def other_setting(thresholds: Thresholds | None, manifest: Manifest) -> list[str]:
+    """Where the threshold was made under another setting than the run's, as ``guidance: was 7.5, now 3``."""
+    if thresholds is None:
+        return []
+    method = dict(manifest.setting.get("detectors", {}).get(thresholds.detector, {}))
+    options = dict(method.get("options", {}))
+    own = manifest.setting | {"window": options.pop("window", None), "seeds": manifest.config.get("seeds")}
+    own |= {"method": {**method, "options": options} if method else None}
+    # Either side may not say: runs and calibrations of earlier versions, and a bank where prompts have their own noises.
+    both = {k for k, v in own.items() if v is not None and thresholds.setting.get(k) is not None}
+    found = differences({k: thresholds.setting[k] for k in both}, {k: own[k] for k in both})
+    return list(dict.fromkeys([*manifest.accepted, *found]))
+
+
+def rounding_of(manifest: Manifest, thresholds: Thresholds | None) -> float:
+    """Relative rounding within which a score and the threshold may change places: the coarser of the run's and the calibration's.
+
+    That of float32 where neither says.
+    """
+    dtype = str(manifest.target.get("dtype") or manifest.machine.get("dtype") or "float32")
+    try:
+        own = stats.rounding(dtype)
+    except UnknownName:
+        own = stats.rounding("float32")
+    return max(own, (thresholds.rounding if thresholds else None) or 0.0)
 
 
 def findings_of(
@@ -228,11 +265,12 @@ def findings_of(
     thresholds: Thresholds | None,
     seeds: int,
     rtol: float,
+    foreign: bool,
 ) -> list[Finding]:
-    """One finding per prompt; p-values for those with as many seeds as the calibration had."""
+    """One finding per prompt; p-values for those with as many seeds as it takes. ``foreign``: a threshold of another setting."""
     comparable = [key for key, s in scored.items() if len(s.values) == seeds] if thresholds else []
     judged = dict(zip(comparable, _judge([scored[k].score for k in comparable], thresholds, rtol), strict=True))
-    return [_finding(e, scored.get(key), detector, judged.get(key), thresholds) for key, e in evidence.items()]
+    return [_finding(e, scored.get(key), detector, judged.get(key), thresholds, foreign) for key, e in evidence.items()]
 
 
 @dataclass(frozen=True)
@@ -262,6 +300,7 @@ def _finding(
     detector: str | None,
     verdict: _Verdict | None,
     thresholds: Thresholds | None,
+    foreign: bool,
 ) -> Finding:
     shots = [Shot(s.seed, values.get(detector or ""), s.image, s.nearest) for s, values in e.shots]
     return Finding(
@@ -280,6 +319,7 @@ def _finding(
         compared=e.compared,
         dropped=e.dropped,
         fpr=thresholds.fpr if thresholds else None,
+        foreign=foreign,
         steps=_mean_steps(e.steps.get(detector or "", [])),
         shots=tuple(sorted(shots, key=_closeness, reverse=True)),
     )

@@ -194,6 +194,7 @@ def _facts(folder: Path, detector: str | None) -> dict[str, Any]:
         "target": _flat(run.target),
         "config": json.dumps(run.config, indent=2, ensure_ascii=False, sort_keys=True, default=str),
         "machine": _flat(run.machine),
+        "git": _git(run.git),
         "took": _duration(run.started, run.ended),
     }
 
@@ -223,6 +224,15 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
                 value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
             )
     return out
+
+
+def _git(found: Mapping[str, Any] | None) -> str:
+    """``3f2a… with uncommitted changes``, or nothing where the command ran in no checkout."""
+    if not found:
+        return ""
+    known = {True: "with uncommitted changes", False: "without changes"}
+    state = known[found["dirty"]] if found.get("dirty") is not None else "whether with changes is not known"
+    return f"{found.get('commit')}, {state}"
 
 
 def _duration(started: str, ended: str | None) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from .. import stats
 from ..errors import UsageError
@@ -12,18 +13,36 @@ from .words import percent, prompts, verb
 
 
 def untested(
-    manifest: Manifest, findings: Sequence[Finding], thresholds: Thresholds | None, seeds: int
+    manifest: Manifest,
+    findings: Sequence[Finding],
+    thresholds: Thresholds | None,
+    seeds: int,
+    *,
+    needed: int,
+    rounding: float,
+    foreign: Sequence[str],
 ) -> Iterator[str]:
-    """Sentences, the gravest first; what the run itself noted comes last, as it stands."""
+    """Sentences, the gravest first; what the run itself noted comes last, as it stands.
+
+    Args:
+        manifest: The run's manifest.
+        findings: All prompts.
+        thresholds: What they are judged by.
+        seeds: Seeds per prompt.
+        needed: Seeds that a prompt must have to be judged.
+        rounding: Relative rounding within which a score is borderline.
+        foreign: Where the threshold was made under another setting than the run's.
+    """
     yield from _missing(manifest, findings)
     if thresholds is not None:
-        yield from _judgment(findings, thresholds, seeds)
+        yield from _judgment(findings, needed, rounding)
+        yield from _warrant(thresholds, foreign)
     elif any(f.score is not None for f in findings):
         yield (
             "Scores are not calibrated for this model: their order means something, a verdict does not. "
             "`mnemoscope calibrate` makes a threshold."
         )
-    yield from _comparison(findings)
+    yield from _comparison(findings, manifest.config.get("reference"))
     cut = sum(f.dropped > 0 for f in findings)
     if cut:
         yield f"{prompts(cut)} {verb(cut, 'has', 'have')} more tokens than the encoder can see; what lies beyond was not tested."
@@ -44,20 +63,30 @@ def _missing(manifest: Manifest, findings: Sequence[Finding]) -> Iterator[str]:
         yield f"{failed:,} of {rows:,} samples failed{with_none}."
 
 
-def _judgment(findings: Sequence[Finding], thresholds: Thresholds, seeds: int) -> Iterator[str]:
-    """What the threshold cannot say."""
+def _judgment(findings: Sequence[Finding], needed: int, rounding: float) -> Iterator[str]:
+    """Which prompts the threshold says nothing about, or nothing firm."""
     few = sum(f.score is not None and f.above is None for f in findings)
     if few:
         yield (
-            f"{prompts(few)} {verb(few, 'has', 'have')} other than the {prompts(seeds, 'seed')} that the threshold is made for, "
+            f"{prompts(few)} {verb(few, 'has', 'have')} other than the {prompts(needed, 'seed')} that it takes to be judged, "
             f"and {verb(few, 'was', 'were')} not judged."
         )
     close = sum(f.borderline for f in findings)
     if close:
         yield (
-            f"{prompts(close)} {verb(close, 'is', 'are')} borderline, within rounding of the threshold: another machine may "
-            f"call {verb(close, 'it', 'them')} differently."
+            f"{prompts(close)} {verb(close, 'is', 'are')} borderline, within rounding ({percent(rounding)}) of the threshold: "
+            f"another machine may call {verb(close, 'it', 'them')} differently."
         )
+
+
+def _warrant(thresholds: Thresholds, foreign: Sequence[str]) -> Iterator[str]:
+    """How far the threshold's rate can be relied on."""
+    if foreign:
+        yield (
+            f"The threshold was made under another setting and may mean nothing here ({'; '.join(foreign)}): "
+            f"its false-positive rate and the p-values hold there."
+        )
+        return
     n = len(thresholds.scores)
     try:
         true = stats.realized_fpr(n, thresholds.fpr)
@@ -69,7 +98,7 @@ def _judgment(findings: Sequence[Finding], thresholds: Thresholds, seeds: int) -
     )
 
 
-def _comparison(findings: Sequence[Finding]) -> Iterator[str]:
+def _comparison(findings: Sequence[Finding], reference: Any) -> Iterator[str]:
     """What looking for copies left out."""
     if all(f.best is None for f in findings):
         yield "No reference images were given, so whether an image is a copy was not tested."
@@ -79,4 +108,8 @@ def _comparison(findings: Sequence[Finding]) -> Iterator[str]:
         yield "The descriptor is not calibrated, so similarities are listed and no copy is called."
     elif left:
         yield f"{prompts(left)} of {len(findings):,} {verb(left, 'has', 'have')} no image that was compared with references."
-    yield "A copy of an image outside the reference set cannot be found."
+    if any(f.copies for f in findings):
+        yield "Verbatim copies and copies of a template were not told apart."
+    size = reference.get("pictures") if isinstance(reference, dict) else None
+    among = f"Copies were looked for among {prompts(size, 'reference image')}. " if isinstance(size, int) else ""
+    yield f"{among}A copy of an image outside the reference set cannot be found."

@@ -18,10 +18,10 @@ from pydantic import ValidationError
 
 from ..errors import RunError, UsageError
 from ..records.schema import Manifest, Row, Thresholds
-from ..records.store import Run, differences
+from ..records.store import Run
 from ..records.table import prompt_scores
 from .discrimination import Baseline, Discrimination, discriminations
-from .findings import Finding, Share, findings_of, gather, rounding_of, seeds_of
+from .findings import Finding, Share, findings_of, gather, other_setting, rounding_of, seeds_of, seeds_to_judge
 from .limits import untested
 from .words import expected, percent, prompts, verb
 
@@ -76,11 +76,13 @@ class Summary:
         detector: Name of the score; None: the run has none.
         space: Space of the predictions that were compared.
         thresholds: Where the threshold comes from; None: not calibrated.
+        foreign: Where it was made under another setting than the run's, as ``guidance: was 7.5, now 3``.
+        rounding: Relative rounding within which a score is borderline.
         seeds: Seeds per prompt.
         rows: Samples in the run, failed ones included.
         findings: All prompts, worst first.
         figures: The three numbers: above threshold, copy found, both.
-        significant: Prompts that stay after the correction for many prompts; None: not calibrated.
+        significant: Prompts that stay after the correction for many prompts; None: not calibrated under this setting.
         groups: The group table; empty without groups.
         discrimination: AUC and TPR of the detector and of the text-only baseline; empty without labels.
         untested: What was not tested, and why, in sentences.
@@ -91,6 +93,8 @@ class Summary:
     detector: str | None
     space: str | None
     thresholds: Thresholds | None
+    foreign: list[str]
+    rounding: float
     seeds: int
     rows: int
     findings: list[Finding]
@@ -125,19 +129,26 @@ class Summary:
                 f"No copy of a reference image was found among {prompts(self.copies.n)}, {on} ({self.copies.bounds})."
             )
         if self.above is not None:
-            return f"{self._above_words(self.above)}, {on}."
+            return f"{self._above_words(self.above)}, {on}{self._foreign_words}."
         scored = sum(f.score is not None for f in self.findings)
         if not scored:
             return f"Nothing could be scored or compared, for {prompts(len(self.findings))}."
         only = f"{prompts(scored)} {verb(scored, 'was', 'were')} scored, {on}"
-        return f"{only}; there is no threshold, so only their order means something."
+        why = "the threshold could judge none" if self.thresholds else "there is no threshold"
+        return f"{only}; {why}, so only their order means something."
 
     @property
     def subline(self) -> str:
         """The second sentence, where there is more to say."""
         if self.copies is None or self.above is None:
             return ""
-        return f"{self._above_words(self.above)}; {expected(self.above.n * self._fpr)} would by chance."
+        by_chance = f"; {expected(self.above.n * self._fpr)} would by chance"
+        return f"{self._above_words(self.above)}{self._foreign_words or by_chance}."
+
+    @property
+    def _foreign_words(self) -> str:
+        """What must be said wherever the threshold is."""
+        return f"; the threshold was made under another setting ({_few(self.foreign)})" if self.foreign else ""
 
     @property
     def _fpr(self) -> float:
@@ -178,7 +189,7 @@ class Summary:
             "copies_in_at_least": {str(k): self.copies_in(k) for k in range(1, self.seeds + 1)} if self.copies else {},
             "significant": self.significant,
             "false_discovery_rate": FALSE_DISCOVERIES if self.significant is not None else None,
-            "threshold": _threshold(self.thresholds),
+            "threshold": _threshold(self),
             "groups": [{**asdict(g), "above": _share(g.above), "copies": _share(g.copies)} for g in self.groups],
             "discrimination": [
                 {
@@ -251,11 +262,12 @@ def summarize(
     strange = thresholds is not None and thresholds.detector != chosen
     used = None if strange else thresholds
     scored = {} if chosen is None else {(s.prompt_id, s.prompt): s for s in prompt_scores(rows, chosen)}
-    seeds = seeds_of(used, evidence)
-    findings = findings_of(evidence, scored, chosen, used, seeds, rounding_of(manifest))
+    seeds = seeds_of(evidence)
+    needed = seeds_to_judge(used, manifest, seeds)
+    rounding, foreign = rounding_of(manifest, used), other_setting(used, manifest)
+    findings = findings_of(evidence, scored, chosen, used, needed, rounding, bool(foreign))
     discrimination, missing = discriminations(findings, chosen, baseline)
-    gaps = list(untested(manifest, findings, used, seeds))
-    gaps += _foreign(used, manifest)
+    gaps = list(untested(manifest, findings, used, seeds, needed=needed, rounding=rounding, foreign=foreign))
     if strange and thresholds is not None:
         gaps.insert(
             0, f"The thresholds belong to {thresholds.detector}, the scores shown to {chosen}; they were not used."
@@ -269,27 +281,16 @@ def summarize(
         detector=chosen,
         space=next((s.space for s in scored.values()), None),
         thresholds=used,
+        foreign=foreign,
+        rounding=rounding,
         seeds=seeds,
         rows=sum(e.ok + e.failed for e in evidence.values()),
         findings=sorted(findings, key=lambda f: f.severity, reverse=True),
-        figures=_figures(findings, used, seeds),
-        significant=sum(v <= FALSE_DISCOVERIES for v in q) if used else None,
+        figures=_figures(findings, used, foreign, seeds),
+        significant=sum(v <= FALSE_DISCOVERIES for v in q) if used and not foreign else None,
         groups=_groups(findings, manifest.doses),
         discrimination=discrimination,
         untested=gaps,
-    )
-
-
-def _foreign(thresholds: Thresholds | None, manifest: Manifest) -> list[str]:
-    """Where the thresholds were made under another setting than the run, in a sentence."""
-    if thresholds is None or not manifest.setting:
-        return []
-    shared = manifest.setting.keys() & thresholds.setting.keys()
-    found = differences({k: thresholds.setting[k] for k in shared}, {k: manifest.setting[k] for k in shared})
-    return (
-        [f"The threshold was made under another setting and may mean nothing here ({'; '.join(found)})."]
-        if found
-        else []
     )
 
 
@@ -306,7 +307,9 @@ class _Rows:
 # The first screen ---------------------------------------------------------------------------------------------------------
 
 
-def _figures(findings: Sequence[Finding], thresholds: Thresholds | None, seeds: int) -> tuple[Figure, Figure, Figure]:
+def _figures(
+    findings: Sequence[Finding], thresholds: Thresholds | None, foreign: Sequence[str], seeds: int
+) -> tuple[Figure, Figure, Figure]:
     above, copies = _above(findings), _copies(findings)
     both = [f for f in findings if f.above is not None and f.compared]
     joint = (
@@ -314,7 +317,12 @@ def _figures(findings: Sequence[Finding], thresholds: Thresholds | None, seeds: 
     )
     copied = sum(f.copies > 0 for f in both)
     return (
-        Figure("Above threshold", above, _above_meaning(thresholds), _above_detail(findings, thresholds)),
+        Figure(
+            "Above threshold",
+            above,
+            _above_meaning(thresholds, foreign),
+            "" if foreign else _above_detail(findings, thresholds),
+        ),
         Figure(
             "Copy found",
             copies,
@@ -342,13 +350,19 @@ def _copies(findings: Iterable[Finding]) -> Share | None:
     return Share.of(sum(f.copies > 0 for f in compared), len(compared)) if compared else None
 
 
-def _above_meaning(thresholds: Thresholds | None) -> str:
+def _above_meaning(thresholds: Thresholds | None, foreign: Sequence[str]) -> str:
     if thresholds is None:
         return "Needs the scores of ordinary prompts of the same model."
-    return (
-        f"The score exceeds {thresholds.threshold:.3g}, which ordinary prompts of this model exceed in at most "
-        f"{percent(thresholds.fpr)} of cases."
-    )
+    over, rate = f"The score exceeds {thresholds.threshold:.3g}, which ordinary prompts", percent(thresholds.fpr)
+    if foreign:
+        return f"{over} exceed in at most {rate} of cases under another setting ({_few(foreign)}); how many do here is not known."
+    return f"{over} of this model exceed in at most {rate} of cases."
+
+
+def _few(found: Sequence[str], most: int = 3) -> str:
+    """The first of several differences, and how many more there are."""
+    more = [f"{len(found) - most} more"] if len(found) > most else []
+    return "; ".join([*found[:most], *more])
 
 
 def _above_detail(findings: Sequence[Finding], thresholds: Thresholds | None) -> str:
@@ -366,7 +380,7 @@ def _copies_meaning(copies: Share | None) -> str:
     if copies is None:
         return "Needs generated images, reference images and a calibrated descriptor."
     return (
-        "An image generated from the prompt is at least as similar to a reference image as the descriptor’s threshold asks, "
+        "An image generated from the prompt is more similar to a reference image than the descriptor’s threshold, "
         "in at least one seed."
     )
 
@@ -400,10 +414,15 @@ def _share(share: Share | None) -> dict[str, Any] | None:
     return None if share is None else {**asdict(share), "words": share.words}
 
 
-def _threshold(thresholds: Thresholds | None) -> dict[str, Any] | None:
-    if thresholds is None:
+def _threshold(summary: Summary) -> dict[str, Any] | None:
+    if summary.thresholds is None:
         return None
-    return {**thresholds.model_dump(exclude={"scores"}), "ordinary_prompts": len(thresholds.scores)}
+    return {
+        **summary.thresholds.model_dump(exclude={"scores"}),
+        "ordinary_prompts": len(summary.thresholds.scores),
+        "rounding": summary.rounding,
+        "differences": summary.foreign,
+    }
 
 
 def _finite(value: Any) -> Any:
