@@ -4,14 +4,18 @@
 
 DDIM 50, 4 seeds, the guidance scale that the card recommends. Intervals: Clopper–Pearson for shares, bootstrap over pictures and
 families for AUC.
-A caption counts as copied if in at least 3 of 4 seeds the nearest of all training pictures is its own picture, above the similarity that
-the nearest training picture of different pictures exceeds in 1 % of searches.
+A caption counts as reproduced if in at least 3 of 4 seeds the nearest of all training pictures is its own picture, more similar
+than 99 % of pairs of different pictures are. It counts as copied if that similarity is also above the one that the nearest of all
+training pictures to a *different* picture exceeds in 1 % of searches, which is what audits call a copy: among two thousand
+pictures something is always rather similar.
 """
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
+
+import numpy as np
 
 from common import DOCS, machine, markdown_table, null_copies, write_block
 from mnemoscope import AuditConfig, Run, World, load, run_audit, stats
@@ -53,12 +57,19 @@ def share(k: int, n: int) -> str:
     return f"{k}/{n} = {k / n:.0%} [{both.low:.0%}, {both.high:.0%}]"
 
 
-def copied(rows) -> dict[str, dict[str, int]]:
+def pair_limit(world: World) -> float:
+    """Similarity that 99 % of pairs of different pictures stay below: never-shown pictures against all training pictures."""
+    names = dict.fromkeys(r.picture for r in world.of("heldout", "twin"))
+    return float(np.quantile(world.reference.similarities(world.pictures(names)).numpy(), 0.99))
+
+
+def copied(rows, limit: float) -> dict[str, dict[str, int]]:
     """Per prompt id: seeds whose nearest picture is the prompt's own / is any picture, above threshold."""
     own = {r.id: r.picture for r in World().rows}
     found: dict[str, dict[str, int]] = {}
     for row in rows:
-        here = found.setdefault(row.prompt_id, {"own": 0, "any": 0, "concept": 0})
+        here = found.setdefault(row.prompt_id, {"near": 0, "own": 0, "any": 0, "concept": 0})
+        here["near"] += row.nearest.similarity > limit and row.nearest.reference == own[row.prompt_id]
         here["any"] += bool(row.nearest.copy_found)
         here["own"] += bool(row.nearest.copy_found) and row.nearest.reference == own[row.prompt_id]
         here["concept"] += row.nearest.reference.split("-")[0] == own[row.prompt_id].split("-")[0]
@@ -93,7 +104,8 @@ def main() -> None:
     full, first = run_all(args.folder, args.model, args.batch_size)
     rows = list(full.rows())
     first_rows = list(first.rows())
-    copies = copied(rows)
+    limit = pair_limit(World())
+    copies = copied(rows, limit)
     groups: dict[str, list[str]] = {}
     for r in rows:
         if r.prompt_id not in groups.setdefault(r.group, []):
@@ -105,9 +117,15 @@ def main() -> None:
         )
         for name, (window, n) in WINDOWS.items()
     }
-    facts: dict = {"machine": machine(), "guidance": full.manifest.config["guidance"], "groups": {}}
+    facts: dict = {
+        "pair_limit": limit,
+        "machine": machine(),
+        "guidance": full.manifest.config["guidance"],
+        "groups": {},
+    }
     table, aucs = [], []
     for group, ids in groups.items():
+        near = sum(copies[i]["near"] >= 3 for i in ids)
         three = sum(copies[i]["own"] >= 3 for i in ids)
         one = sum(copies[i]["own"] >= 1 for i in ids)
         anything = sum(copies[i]["any"] >= 1 for i in ids)
@@ -115,6 +133,7 @@ def main() -> None:
         table.append(
             [
                 group,
+                share(near, len(ids)),
                 share(three, len(ids)),
                 share(one, len(ids)),
                 share(anything, len(ids)),
@@ -123,6 +142,7 @@ def main() -> None:
         )
         facts["groups"][group] = {
             "prompts": len(ids),
+            "near_in_3_of_4": near,
             "own_in_3_of_4": three,
             "own_in_1_of_4": one,
             "any_in_1_of_4": anything,
@@ -140,9 +160,12 @@ def main() -> None:
     facts["null"] = {"planted": planted, "any": anything, "samples": n}
     text = "\n\n".join([
         f"Measured by `python bench/world.py` on {machine()}; guidance {facts['guidance']:g}, DDIM {STEPS}, {SEEDS} seeds, "
-        f"copy threshold {World().reference.threshold:.3f} ({World().reference.name}). Shares with 95 % intervals.",
-        markdown_table(["group", "own picture copied in ≥ 3 of 4 seeds", "in ≥ 1 of 4", "any training picture copied in ≥ 1 of 4",
-                        "nearest is the own concept (share of samples)"], table),
+        f"similarities by {World().reference.name}. Reproduced: the nearest training picture is the caption's own, above "
+        f"{limit:.3f}, which 99 % of pairs of different pictures stay below. Copied: above {World().reference.threshold:.3f}, "
+        "which the *nearest* training picture of different pictures stays below in 99 % of searches. Shares of captions with "
+        "95 % intervals.",
+        markdown_table(["group", "reproduced in ≥ 3 of 4 seeds", "copied in ≥ 3 of 4", "copied in ≥ 1 of 4",
+                        "any training picture copied in ≥ 1 of 4", "nearest is the own concept (share of samples)"], table),
         f"The unconditional branch alone: {share(planted, n)} samples are copies of a planted picture, {share(anything, n)} of any.",
         f"AUC of the magnitude against ordinary captions ({len(ordinary['first step, n = 1'])} for the first step, "
         f"{len(ordinary['all 50 steps, n = 4'])} for longer windows), 95 % bootstrap intervals:",
