@@ -36,7 +36,7 @@ def run(monkeypatch, capsys):
     logging.root.handlers[:] = handlers
 
 
-COMMANDS = ["demo", "check", "audit", "calibrate", "report", "ls", "doctor"]
+COMMANDS = ["demo", "check", "audit", "calibrate", "report", "ls", "doctor", "gate", "index", "duplicates", "view"]
 
 
 @pytest.mark.parametrize(
@@ -65,7 +65,7 @@ def test_every_command_has_an_example_that_runs_it(run, command):
 def test_options_are_the_names_of_the_configuration():
     columns = {"column", "id_column", "group_column", "label_column"}
     renamed = {"window", "model_option"}  # an option of the magnitude; name=value pairs of model_options
-    fields = set(AuditConfig.model_fields) - {"model_options", "reference"}
+    fields = set(AuditConfig.model_fields) - {"model_options"}
     assert cli.AUDIT_OPTIONS - columns - renamed == fields
 
 
@@ -412,3 +412,22 @@ def test_offline_is_set_before_the_hub_is_imported():
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
     assert "cache" in done.stderr
+
+
+def test_audit_against_a_reference_set(run, tmp_path, monkeypatch):
+    """Pictures that a first audit made are found again by a second one that starts from the same noises."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "one.txt").write_text("a red apple\n", encoding="utf-8")
+    words = ["audit", "demo", "--prompts", "one.txt", "--steps", 3, "--json"]
+    assert run(*words, "--seeds", 1, "--images", "--out", "runs/a")[0] == 0
+    code, _, err = run("index", "build", "runs/a/images", "--out", "refs")
+    assert code == 0, err
+    code, _, err = run(*words, "--seeds", 2, "--reference", "refs", "--out", "runs/b")
+    assert code == 0, err
+    same, other = sorted(mnemoscope.Run("runs/b").rows(), key=lambda row: row.seed)
+    assert same.nearest.similarity == pytest.approx(1, abs=1e-3)
+    assert other.nearest.similarity < same.nearest.similarity
+    assert same.nearest.copy_found is None  # the set has no threshold of its own yet
+    assert (tmp_path / "runs/b" / same.nearest.file).is_file()
+    code, _, err = run(*words, "--reference", "runs/a/images", "--out", "runs/c")
+    assert (code, "mnemoscope index build" in err) == (2, True)

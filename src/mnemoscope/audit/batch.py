@@ -43,7 +43,7 @@ Pictures = Float[Tensor, "batch 3 height width"]
 
 @runtime_checkable
 class Reference(Protocol):
-    """Pictures a copy could be of. May also have ``image(id) -> [3, height, width]``, to be kept beside the copy."""
+    """Pictures a copy could be of. May also have ``image(id) -> [3, height, width]``, to be kept beside the copy, or None."""
 
     @property
     def name(self) -> str:
@@ -190,7 +190,8 @@ class Examiner:
         if key not in self._kept_references:
             image = getattr(self.reference, "image", None)
             name = f"reference-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
-            self._kept_references[key] = None if image is None else self._keep(name, image(key))
+            shown = None if image is None else image(key)
+            self._kept_references[key] = None if shown is None else self._keep(name, shown)
         return self._kept_references[key]
 
 

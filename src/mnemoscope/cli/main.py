@@ -16,6 +16,10 @@ import typer
 
 from ..errors import MnemoscopeError, UsageError
 from . import screen
+from .duplicates import duplicates
+from .gate import gate
+from .index import index_app
+from .view import view
 
 if TYPE_CHECKING:
     from ..audit.config import AuditConfig
@@ -60,6 +64,10 @@ Guidance = Annotated[float | None, _option("Guidance scale; default: the model's
 Steps = Annotated[int | None, _option("Length of the sampler's schedule; default 50.")]
 BatchSize = Annotated[str | None, _option("Samples per batch, or auto.")]
 Images = Annotated[bool | None, _option("Keep the pictures.", "--images/--no-images")]
+Reference = Annotated[
+    Path | None,
+    _option("Reference set of `mnemoscope index build`: what pictures are compared with; makes them.", "--reference"),
+]
 Dtype = Annotated[str | None, _option("float32, float16 or bfloat16; default: by the device.")]
 Device = Annotated[str | None, _option("cpu, cuda, cuda:1, …")]
 Out = Annotated[Path | None, _option("Where to write.")]
@@ -217,6 +225,7 @@ def audit(
     steps: Steps = None,
     batch_size: BatchSize = None,
     images: Images = None,
+    reference: Reference = None,
     calibration: ThresholdsFile = None,
     accept_threshold: AcceptThreshold = None,
     out: Out = None,
@@ -248,8 +257,7 @@ def audit(
         settings = _fresh(settings)
     target = _load(settings)
     with _stoppable(), screen.progress("audit") as progress:
-        reference = _bundled_reference(settings.model) if settings.images else None
-        run = run_audit(settings, target=target, reference=reference, progress=progress, command=_command())
+        run = run_audit(settings, target=target, reference=_reference(settings), progress=progress, command=_command())
     summary = read_summary(run.folder)
     _show_run(summary, f"Run: {run.folder}   Report: {write_report(run.folder)}", as_json=as_json)
     if run.manifest.status != "done":
@@ -396,12 +404,18 @@ def doctor(as_json: AsJson = False) -> None:
         screen.table(["what", "found"], [[k, str(v)] for k, v in facts.items()])
 
 
+app.command()(duplicates)
+app.command()(gate)
+app.add_typer(index_app, name="index")
+app.command()(view)
+
+
 # What commands share ------------------------------------------------------------------------------------------------------
 
 _GROUPS = ("planted", "recaptioned", "template", "ordinary", "heldout")
 AUDIT_OPTIONS = frozenset({
     "model", "prompts", "column", "id_column", "group_column", "label_column", "detectors", "window", "seeds", "base_seed", "seed_mode",
-    "guidance", "steps", "batch_size", "images", "calibration", "accept_threshold",
+    "guidance", "steps", "batch_size", "images", "reference", "calibration", "accept_threshold",
     "out", "dtype", "device", "max_errors", "limit", "shard", "notes",
     "model_option",
 })  # fmt: skip
@@ -429,7 +443,9 @@ def _settings(config: Path | None, options: dict[str, Any]) -> AuditConfig:
         given["prompts"] = {**({"path": str(given["prompts"])} if "prompts" in given else {}), **columns}
     if "model_option" in given:
         given["model_options"] = _options(given.pop("model_option"))
-    for name in ("calibration", "out"):
+    if "reference" in given:
+        given.setdefault("images", True)
+    for name in ("calibration", "out", "reference"):
         if name in given:
             given[name] = str(given[name])
     for name in ("batch_size", "max_errors"):
@@ -513,8 +529,7 @@ def _show_plan(settings: AuditConfig, *, as_json: bool) -> None:
     from ..audit.run import measure_speed, plan
 
     target = _load(settings)
-    reference = _bundled_reference(settings.model) if settings.images else None
-    Request.of(settings, target, reference=reference)  # refuses what the run would refuse
+    Request.of(settings, target, reference=_reference(settings))  # refuses what the run would refuse
     cost = plan(settings, target=target, seconds_per_forward=measure_speed(settings, target))
     if as_json:
         screen.show_json({"settings": settings.stored(), "plan": asdict(cost)})
@@ -550,6 +565,15 @@ def _bundled_calibration(
         )
         return None
     return found
+
+
+def _reference(settings: AuditConfig) -> Any:
+    """What pictures are compared with: the reference set that was named or, for the bundled model, its training pictures."""
+    if settings.reference is None:
+        return _bundled_reference(settings.model) if settings.images else None
+    from ..similarity.index import ReferenceIndex
+
+    return ReferenceIndex(settings.reference)
 
 
 def _bundled_reference(model: str | None) -> Any:

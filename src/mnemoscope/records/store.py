@@ -135,14 +135,14 @@ class Run:
             RunError: the folder holds something else, or cannot be written.
         """
         folder = Path(folder)
-        with _explained(folder):
+        with explained(folder):
             folder.mkdir(parents=True, exist_ok=True)
         with _lock(folder, "manifest", wait=30.0):
             if not cls.exists(folder):
                 strangers = sorted(p.name for p in folder.iterdir() if not p.name.startswith("."))
                 if strangers:
                     raise RunError(f"{folder} holds {strangers[0]!r} and no run; choose a new folder for the run.")
-                with _explained(folder):
+                with explained(folder):
                     _replace(folder / "run.json", _pretty(manifest))
         return cls(folder)
 
@@ -153,7 +153,7 @@ class Run:
 
         ``forwards`` is a count to add, since every process knows only its own share; everything else is set.
         """
-        with _lock(self.folder, "manifest", wait=30.0), _explained(self.folder):
+        with _lock(self.folder, "manifest", wait=30.0), explained(self.folder):
             stored = self._read_manifest()
             changes["forwards"] = stored.forwards + changes.get("forwards", 0)
             self.manifest = Manifest.model_validate(stored.model_dump() | changes)
@@ -244,10 +244,10 @@ class Run:
 
         changed = 0
         for path in self.files():
-            if not any(map(outdated, _sound_lines(path))):
+            if not any(map(outdated, sound_lines(path))):
                 continue
-            with _sole_writer(path, wait=5.0), _explained(self.folder), _whole(path) as half, open(half, "wb") as out:
-                for line in _sound_lines(path):
+            with _sole_writer(path, wait=5.0), explained(self.folder), _whole(path) as half, open(half, "wb") as out:
+                for line in sound_lines(path):
                     raw = line.raw
                     if outdated(line):
                         raw = _encoded(_row(line).model_copy(update=dict(facts[line.head["id"]])))
@@ -259,7 +259,7 @@ class Run:
 
     def _lines(self) -> Iterator[_Line]:
         for path in self.files():
-            yield from _sound_lines(path)
+            yield from sound_lines(path)
 
     def _winners(self) -> Iterator[_Line]:
         # Two passes over the files: memory holds an id and a number per sample, never a second row.
@@ -307,7 +307,7 @@ class Run:
                 for line in run._winners():
                     out.append_lines(line.raw)
             if (run.folder / "images").is_dir():
-                with _explained(merged.folder):
+                with explained(merged.folder):
                     shutil.copytree(run.folder / "images", merged.folder / "images", dirs_exist_ok=True)
         tally = merged.tally()
         merged.update(status="done" if tally.complete else "incomplete", notes=[*merged.manifest.notes, *tally.notes])
@@ -327,7 +327,7 @@ class Run:
         import pyarrow.parquet as pq
 
         schema = self._schema(lists=True)
-        with _explained(Path(path).parent), _whole(Path(path)) as half, pq.ParquetWriter(half, schema) as out:
+        with explained(Path(path).parent), _whole(Path(path)) as half, pq.ParquetWriter(half, schema) as out:
             for batch in self._record_batches(schema):
                 out.write_batch(batch)
         return Path(path)
@@ -337,7 +337,7 @@ class Run:
         from pyarrow import csv
 
         schema = self._schema(lists=False)
-        with _explained(Path(path).parent), _whole(Path(path)) as half, csv.CSVWriter(half, schema) as out:
+        with explained(Path(path).parent), _whole(Path(path)) as half, csv.CSVWriter(half, schema) as out:
             for batch in self._record_batches(schema):
                 out.write_batch(batch)
         return Path(path)
@@ -398,11 +398,11 @@ class Writer:
         try:
             self._lock.acquire()
         except Timeout:
-            raise _in_use(self.run.folder) from None
+            raise in_use(self.run.folder) from None
         try:
-            with _explained(self.run.folder):
+            with explained(self.run.folder):
                 self.path.touch()
-                self._end = max((line.end for line in _sound_lines(self.path)), default=0)
+                self._end = max((line.end for line in sound_lines(self.path)), default=0)
                 self._file = os.open(self.path, os.O_WRONLY | os.O_APPEND)
                 os.ftruncate(self._file, self._end)  # a torn line of the process before us
         except BaseException:
@@ -420,9 +420,9 @@ class Writer:
 
     def append_lines(self, data: bytes) -> None:
         """Append whole lines as they are."""
-        with _explained(self.run.folder):
+        with explained(self.run.folder):
             try:
-                _write(self._file, data)
+                write_all(self._file, data)
                 os.fsync(self._file)
             except OSError:
                 os.ftruncate(self._file, self._end)  # half a batch is no batch
@@ -447,7 +447,7 @@ class _Line:
     end: int  # offset of the first byte after the line
 
 
-def _sound_lines(path: Path) -> Iterator[_Line]:
+def sound_lines(path: Path) -> Iterator[_Line]:
     """The lines of a file. Damage is forgiven where nothing follows it, because that is what a kill leaves behind."""
     damage: RunError | None = None
     end = 0
@@ -540,7 +540,7 @@ def _common_files(runs: Sequence[Run]) -> dict[str, bytes]:
 
 
 def _content(path: Path) -> bytes | None:
-    with _explained(path.parent):
+    with explained(path.parent):
         return path.read_bytes() if path.exists() else None
 
 
@@ -556,7 +556,7 @@ def _difference(one: bytes, other: bytes) -> str:
 
 
 @contextmanager
-def _explained(folder: Path) -> Iterator[None]:
+def explained(folder: Path) -> Iterator[None]:
     """Turn what the disk says into a sentence."""
     try:
         yield
@@ -579,7 +579,7 @@ def _lock(folder: Path, name: str, wait: float) -> Iterator[None]:
         ) from None
 
 
-def _in_use(folder: Path) -> RunError:
+def in_use(folder: Path) -> RunError:
     return RunError(f"{folder} is being written by another process; wait for it to end, or choose another folder.")
 
 
@@ -590,7 +590,7 @@ def _sole_writer(path: Path, wait: float) -> Iterator[None]:
         with FileLock(path.parent / f".lock-{path.stem}", timeout=wait):
             yield
     except Timeout:
-        raise _in_use(path.parent) from None
+        raise in_use(path.parent) from None
 
 
 @contextmanager
@@ -611,7 +611,7 @@ def write_whole(path: str | Path, data: bytes) -> Path:
         RunError: it cannot be written.
     """
     path = Path(path)
-    with _explained(path.parent):
+    with explained(path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
         _replace(path, data)
     return path
@@ -621,13 +621,13 @@ def _replace(path: Path, data: bytes) -> None:
     with _whole(path) as half:
         file = os.open(half, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
         try:
-            _write(file, data)
+            write_all(file, data)
             os.fsync(file)
         finally:
             os.close(file)
 
 
-def _write(file: int, data: bytes) -> None:
+def write_all(file: int, data: bytes) -> None:
     rest = memoryview(data)
     while rest:
         rest = rest[os.write(file, rest) :]

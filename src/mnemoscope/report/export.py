@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator
 from xml.etree import ElementTree as ET
 
-from .html import _environment
+from .html import environment
 from .verdict import Call, Check, Status, Verdict
 from .words import printable
 
@@ -23,7 +23,7 @@ def to_json(verdict: Verdict) -> str:
 
 def to_markdown(verdict: Verdict) -> str:
     """A headline, a row per check, and the finds: for ``$GITHUB_STEP_SUMMARY``, a pull request, a model card."""
-    return _environment(escape=False).get_template("gate.md.jinja").render(verdict=verdict, most=SHOWN)
+    return environment(escape=False).get_template("gate.md.jinja").render(verdict=verdict, most=SHOWN)
 
 
 def to_junit(verdict: Verdict) -> str:

@@ -74,7 +74,7 @@ def write_report(
     references = Path(reference_pictures) if isinstance(reference_pictures, (str, Path)) else reference_pictures
     views = [_view(folder, references, shown, detector, i) for i, folder in enumerate(folders)]
     page = (
-        _environment()
+        environment()
         .get_template("report.html.jinja")
         .render(views=views, plot_css=Markup(plots.CSS), blur=blur, most=GROUPS)
     )
@@ -87,7 +87,7 @@ def write_markdown(
     """Write the numbers of the report, without pictures, as ``report.md``; arguments and errors as :func:`write_report`."""
     folders = _folders(run_folder)
     views = [_facts(folder, detector) for folder in folders]
-    page = _environment(escape=False).get_template("report.md.jinja").render(views=views)
+    page = environment(escape=False).get_template("report.md.jinja").render(views=views)
     return _write(_target(folders, out, "md"), page)
 
 
@@ -322,7 +322,7 @@ def _dose(group: Group) -> plots.Dose:
 # Words for the templates --------------------------------------------------------------------------------------------------
 
 
-def _environment(*, escape: bool = True) -> Environment:
+def environment(*, escape: bool = True) -> Environment:
     env = Environment(
         loader=PackageLoader("mnemoscope.report"),
         autoescape=escape,

@@ -49,7 +49,7 @@ class Pixels:
         """The thumbnail: pooling it once more changes nothing. Large pictures are first reduced by a whole factor."""
         factor = min(picture.size) // (32 * self.side)
         small = picture.reduce(factor) if factor > 1 else picture
-        pixels = torch.from_numpy(np.array(small.convert("RGB"))).permute(2, 0, 1).float() / 255
+        pixels = torch.from_numpy(np.array(small)).permute(2, 0, 1).float() / 255
         return self._pooled(pixels[None])[0]
 
     def __call__(self, images: Pictures) -> Float[Tensor, "batch dim"]:

@@ -1,0 +1,221 @@
+"""``mnemoscope duplicates``: near-duplicates of a training set, joined with an audit of a model trained on it."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ..errors import UsageError
+from . import screen
+from .index import (
+    AsJson,
+    Column,
+    DescriptorName,
+    DescriptorOption,
+    IdColumn,
+    Workers,
+    _option,
+    build_index,
+    quiet_pillow,
+    stoppable,
+)
+
+if TYPE_CHECKING:
+    from ..similarity.duplicates import Clusters, Exposure, Share
+    from ..similarity.storage import IndexFolder
+
+
+def duplicates(
+    images: Annotated[Path, typer.Argument(help="Folder, archive or Parquet of pictures, or the folder of an index.")],
+    out: Annotated[Path, typer.Option(help="Folder for clusters, contact sheets and, of pictures, the index.")] = Path(
+        "runs/duplicates"
+    ),
+    threshold: Annotated[
+        float | None, _option("Similarity above which two pictures are near-duplicates; default: the descriptor's.")
+    ] = None,
+    run: Annotated[
+        Path | None, _option("Run folder of an audit of the set's captions: join it with the clusters.")
+    ] = None,
+    captions: Annotated[
+        Path | None,
+        _option(
+            "JSONL or CSV with file_name (or id) and text (or caption); default: prompt ids of the run are picture ids."
+        ),
+    ] = None,
+    sheets: Annotated[int, typer.Option(help="Clusters with a contact sheet.")] = 12,
+    descriptor: DescriptorName = None,
+    descriptor_option: DescriptorOption = None,
+    column: Column = None,
+    id_column: IdColumn = None,
+    workers: Workers = None,
+    as_json: AsJson = False,
+) -> None:
+    """Find clusters of near-duplicates in a training set, and show what a model made of them.
+
+    Example: mnemoscope duplicates pictures --run runs/mine
+    """
+    screen.say(f"Looking for near-duplicates in {images} …")
+    from ..similarity.storage import IndexFolder
+
+    given = IndexFolder.exists(images)
+    with stoppable(), quiet_pillow():
+        if given:
+            index = IndexFolder(images)
+        else:
+            more: dict[str, Any] = {"column": column, "id_column": id_column, "workers": workers}
+            index = build_index(images, out / "index", descriptor, descriptor_option, **more).files
+        _report(index, _threshold(index, threshold), out, sheets, run, captions, as_json=as_json)
+
+
+def _report(
+    index: IndexFolder,
+    threshold: float,
+    out: Path,
+    sheets: int,
+    run: Path | None,
+    captions: Path | None,
+    *,
+    as_json: bool,
+) -> None:
+    from ..similarity.duplicates import find_clusters, write_clusters
+
+    clusters = find_clusters(index, threshold)
+    worst = write_clusters(index, clusters, out, sheets=sheets)
+    exposure = None if run is None else _joined(index, clusters, run, captions)
+    figure = None if exposure is None else _figure(exposure, out)
+    if as_json:
+        document: dict[str, Any] = {"descriptor": index.manifest.descriptor.name, **clusters.summary(), "worst": worst}
+        if exposure is not None:
+            document["by_cluster_size"] = _plain(exposure)
+        screen.show_json(document)
+        return
+    _show_clusters(index, clusters, worst)
+    if exposure is not None:
+        _show_exposure(exposure)
+    print(f"\nClusters: {out / 'clusters.jsonl'}" + (f"   Figure: {figure}" if figure else ""))
+
+
+def _threshold(index: IndexFolder, asked: float | None) -> float:
+    if asked is not None:
+        return asked
+    record = index.manifest.descriptor
+    own = None
+    if record.maker is not None:
+        from ..similarity.base import build
+
+        own = getattr(build(record.maker, record.options), "near_duplicate", None)
+    if own is None:
+        raise UsageError(f"{record.name} states no similarity of near-duplicates; give one with --threshold.")
+    return own
+
+
+def _show_clusters(index: IndexFolder, clusters: Clusters, worst: list[dict[str, Any]]) -> None:
+    from ..report.words import prompts as counted
+
+    facts = clusters.summary()
+    print(
+        f"{facts['in_clusters']:,} of {counted(facts['pictures'], 'picture')} with a near-duplicate "
+        f"({index.manifest.descriptor.name} above {clusters.threshold:g}), in {counted(facts['clusters'], 'cluster')}; "
+        f"{counted(facts['redundant'], 'picture')} could go, {facts['identical_files']:,} of them the same file as another"
+    )
+    if skipped := index.skipped():
+        screen.say("Not looked at: " + ", ".join(f"{n:,} {why}" for why, n in skipped.items()))
+    if worst:
+        print()
+        rows = [[str(w["size"]), f"{w['least_similarity']:.3f}", w["first"], w["sheet"]] for w in worst]
+        screen.table(["pictures", "least similarity", "first", "contact sheet"], rows, right=(0, 1))
+
+
+# With an audit ------------------------------------------------------------------------------------------------------------
+
+
+def _joined(index: IndexFolder, clusters: Clusters, folder: Path, captions: Path | None) -> Exposure:
+    from ..records.schema import Thresholds
+    from ..records.store import Run
+    from ..similarity.duplicates import by_cluster_size, memberships
+
+    run, file = Run(folder), folder / "thresholds.json"
+    judged = Thresholds.model_validate_json(file.read_bytes()) if file.is_file() else None
+    if judged is None:
+        screen.say(f"Not tested: {folder} has no thresholds.json, so no caption is above a threshold.")
+    return by_cluster_size(
+        run.rows(),
+        memberships(index, clusters),
+        None if captions is None else _pictures_of(captions),
+        detector=judged.detector if judged else "magnitude",
+        threshold=judged.threshold if judged else None,
+    )
+
+
+def _pictures_of(path: Path) -> dict[str, list[str]]:
+    """Caption → ids of its pictures, from the metadata file that a folder of pictures has for ``datasets``."""
+    if not path.is_file():
+        raise UsageError(f"{path} does not exist; name a JSONL or CSV file of captions.")
+    lines = path.read_text(encoding="utf-8-sig").splitlines()
+    try:
+        rows = (
+            list(csv.DictReader(lines))
+            if path.suffix.lower() == ".csv"
+            else [json.loads(x) for x in lines if x.strip()]
+        )
+    except (ValueError, csv.Error) as e:
+        raise UsageError(f"{path} cannot be read ({e}); write one JSON object per line, or CSV.") from e
+    found: dict[str, list[str]] = {}
+    for number, row in enumerate(rows, 1):
+        name = next((row[k] for k in ("file_name", "id") if row.get(k) is not None), None)
+        text = next((row[k] for k in ("text", "caption", "prompt") if row.get(k) is not None), None)
+        if name is None or text is None:
+            raise UsageError(f"row {number} of {path} lacks file_name or text; name the picture and its caption.")
+        found.setdefault(str(text), []).append(str(name))
+    return found
+
+
+def _show_exposure(exposure: Exposure) -> None:
+    print()
+    rows = [
+        [
+            level.size,
+            str(level.clusters),
+            str(level.captions),
+            _share(level.above),
+            _share(level.copies),
+            "not tested" if level.own is None else str(level.own),
+        ]
+        for level in exposure.levels
+    ]
+    columns = ["cluster size", "clusters", "captions", "above threshold", "copy found", "of its own cluster"]
+    screen.table(columns, rows, right=(0, 1, 2))
+    if exposure.unmatched or exposure.untested:
+        screen.say(
+            f"Not in the table: {exposure.unmatched} captions of no picture in the set, {exposure.untested} without a result."
+        )
+
+
+def _share(share: Share | None) -> str:
+    return "not tested" if share is None else f"{share.k}/{share.n}  {screen.interval(share.interval)}"
+
+
+def _plain(exposure: Exposure) -> dict[str, Any]:
+    from dataclasses import asdict
+
+    return asdict(exposure)
+
+
+def _figure(exposure: Exposure, out: Path) -> Path | None:
+    """Copies found against cluster size, where copies were looked for."""
+    from ..records.store import write_whole
+    from ..report.plots import CSS, Dose, dose_response
+
+    doses = [
+        Dose(level.low, level.copies.k, level.copies.n, level.copies.interval.low, level.copies.interval.high)
+        for level in exposure.levels
+        if level.copies is not None
+    ]
+    if not doses:
+        return None
+    head, _, rest = str(dose_response(doses)).partition(">")
+    return write_whole(out / "copies.svg", f"{head}><style>{CSS}</style>{rest}".encode())

@@ -1,0 +1,276 @@
+"""``mnemoscope index``: reference sets on disk."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
+
+import typer
+
+from ..errors import UnknownName, UsageError
+from . import screen
+
+if TYPE_CHECKING:
+    from ..similarity.index import ReferenceIndex
+    from ..similarity.storage import IndexFolder
+
+index_app = typer.Typer(
+    name="index",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    help="Build, ask and describe a reference set on disk: pictures that a copy could be of.\n\n"
+    "Example: mnemoscope index build pictures --out references",
+)
+
+
+def _option(text: str, *names: str) -> Any:
+    return typer.Option(*names, help=text, show_default=False)
+
+
+Source = Annotated[
+    Path, typer.Argument(help="Folder, .zip, .tar or Parquet of pictures, or a data set that `datasets` saved.")
+]
+Folder = Annotated[Path, typer.Argument(help="Folder of the index.")]
+DescriptorName = Annotated[
+    str | None, _option("Descriptor, see `mnemoscope ls descriptors`; default: the index's, or pixels.", "--descriptor")
+]
+DescriptorOption = Annotated[
+    list[str] | None, _option("name=value handed to the descriptor; repeatable.", "--descriptor-option")
+]
+Column = Annotated[str | None, _option("Column of a table that holds the pictures; default: the only one that can.")]
+IdColumn = Annotated[str | None, _option("Column of the pictures' ids; default: file and row number.")]
+Workers = Annotated[int | None, _option("Threads that decode; default: one per CPU.")]
+AsJson = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
+
+
+@index_app.command("build")
+def build(
+    source: Source,
+    out: Annotated[Path, typer.Option(help="Folder of the index; an index that is there is continued.")] = Path(
+        "references"
+    ),
+    descriptor: DescriptorName = None,
+    descriptor_option: DescriptorOption = None,
+    column: Column = None,
+    id_column: IdColumn = None,
+    prefix: Annotated[str, _option("Stands before the ids; a second source needs one of its own.")] = "",
+    dtype: Annotated[str | None, _option("float32 or float16; default float32.")] = None,
+    different: Annotated[
+        Path | None, _option("Pictures known not to be in the set; they fix the threshold of a copy.")
+    ] = None,
+    fmr: Annotated[float, typer.Option(help="With --different: stated false-match rate of a search.")] = 0.01,
+    workers: Workers = None,
+    as_json: AsJson = False,
+) -> None:
+    """Index every picture of a source. The same command continues an interrupted build and adds what is new.
+
+    Example: mnemoscope index build pictures --out references
+    """
+    index = build_index(
+        source,
+        out,
+        descriptor,
+        descriptor_option,
+        column=column,
+        id_column=id_column,
+        prefix=prefix,
+        dtype=dtype,
+        workers=workers,
+    )
+    if different is not None:
+        screen.say(f"Looking up {different} …")
+        index.calibrate(different, fmr=fmr)
+    show_index(index.files, as_json=as_json)
+
+
+@index_app.command("query")
+def query(
+    folder: Folder,
+    pictures: Annotated[list[Path], typer.Argument(help="Pictures, or folders of them.")],
+    k: Annotated[int, typer.Option("-k", help="Nearest references of each.")] = 5,
+    workers: Workers = None,
+    as_json: AsJson = False,
+) -> None:
+    """Find the nearest references of pictures.
+
+    Example: mnemoscope index query references picture.png -k 3
+    """
+    screen.say(f"Opening {folder} …")
+    from ..similarity.index import ReferenceIndex
+
+    with quiet_pillow():
+        index = ReferenceIndex(folder)
+        answers = [answer for source in _together(pictures) for answer in index.query(source, k, workers=workers)]
+    if as_json:
+        kept = ("reference", "similarity", "copy_found")
+        documents = [
+            {
+                "picture": a.id,
+                "nearest": [{name: getattr(m, name) for name in kept} for m in a.matches],
+                "reason": a.reason,
+                "note": a.note,
+            }
+            for a in answers
+        ]
+        screen.show_json({"descriptor": index.name, "threshold": index.threshold, "pictures": documents})
+        return
+    rows = []
+    for a in answers:
+        for rank, m in enumerate(a.matches, 1):
+            called = {None: "not calibrated", True: "copy", False: "no"}[m.copy_found]
+            rows.append([a.id, str(rank), m.reference, f"{m.similarity:.4f}", called])
+        if not a.matches:
+            rows.append([a.id, "–", a.reason or "", "–", "–"])
+    screen.table(["picture", "rank", "reference", index.name, "copy"], rows, right=(1, 3))
+
+
+@index_app.command("info")
+def info(folder: Folder, as_json: AsJson = False) -> None:
+    """What an index holds, with what it was made, and which pictures were skipped and why. Needs no torch.
+
+    Example: mnemoscope index info references
+    """
+    from ..similarity.storage import IndexFolder
+
+    show_index(IndexFolder(folder), as_json=as_json)
+
+
+# What commands share ------------------------------------------------------------------------------------------------------
+
+
+def build_index(
+    source: Path,
+    out: Path,
+    descriptor: str | None,
+    descriptor_option: list[str] | None,
+    *,
+    dtype: str | None = None,
+    **more: Any,
+) -> ReferenceIndex:
+    """Build or continue an index, and say how far it is."""
+    if dtype not in (None, "float16", "float32"):
+        raise UnknownName("dtype of an index", dtype, ("float16", "float32"))
+    screen.say(f"Indexing {source} …")  # before torch is imported, which takes its time
+    from ..similarity.base import DEFAULT
+    from ..similarity.index import ReferenceIndex
+    from ..similarity.storage import IndexFolder
+
+    options = _options(descriptor_option)
+    if descriptor is None and IndexFolder.exists(out):
+        record = IndexFolder(out).manifest.descriptor
+        descriptor, options = record.maker, options or record.options
+    with stoppable(), quiet_pillow(), _progress() as progress:
+        return ReferenceIndex.build(
+            source,
+            out,
+            descriptor or DEFAULT,
+            options=options,
+            dtype=cast(Literal["float16", "float32"] | None, dtype),
+            progress=progress,
+            **more,
+        )
+
+
+def show_index(files: IndexFolder, *, as_json: bool) -> None:
+    """What an index holds."""
+    m, skipped = files.manifest, files.skipped()
+    if as_json:
+        facts = {
+            "folder": str(files.folder),
+            "pictures": len(files),
+            "skipped": skipped,
+            "search": _search(files),
+        }
+        screen.show_json(m.model_dump(mode="json") | facts)
+        return
+    calibrated = "not calibrated: no copy is called"
+    if m.threshold is not None and m.calibration is not None:
+        calibrated = (
+            f"{m.threshold:.4f} at {100 * m.calibration.fmr:g} % false matches, from {m.calibration.different} pictures"
+        )
+    rows = [
+        ["folder", str(files.folder)],
+        ["status", "done" if m.status == "done" else "not finished: the same command continues"],
+        ["pictures", f"{len(files):,}"],
+        ["skipped", ", ".join(f"{n:,} {why}" for why, n in skipped.items()) or "none"],
+        ["descriptor", m.descriptor.name],
+        ["vectors", f"{m.dim or 0} × {m.dtype}"],
+        ["search", _search(files)],
+        ["threshold", calibrated],
+        *(["source", str(s.get("path", s["kind"]))] for s in m.sources),
+    ]
+    screen.table(["what", "found"], rows, wrap=True)
+    for note in m.notes:
+        screen.say(note)
+
+
+def _search(files: IndexFolder) -> str:
+    facts = files.manifest.search
+    if facts is None or not files.inverted.is_file():
+        return "exact"
+    found, of = facts["recall"]
+    return f"{facts['kind']}, {found} of {of} nearest found"
+
+
+def _options(pairs: list[str] | None) -> dict[str, Any]:
+    import yaml
+
+    found = {}
+    for pair in pairs or []:
+        name, equals, text = pair.partition("=")
+        if not equals:
+            raise UsageError(f"--descriptor-option {pair!r} has no value; write name=value.")
+        try:
+            found[name] = yaml.safe_load(text)
+        except yaml.YAMLError:
+            found[name] = text
+    return found
+
+
+def _together(pictures: list[Path]) -> list[Path | list[Path]]:
+    """Single pictures as one list, so that they are described together; folders and archives each for itself."""
+    from ..similarity.decoding import ENDINGS
+
+    single = [p for p in pictures if not p.is_dir() and p.suffix.lower() in ENDINGS]
+    return [*([single] if single else []), *(p for p in pictures if p not in single)]
+
+
+@contextmanager
+def stoppable() -> Iterator[None]:
+    """Ctrl-C says what is saved. Caught here, because typer would turn it into a bare exit code."""
+    try:
+        yield
+    except KeyboardInterrupt as e:
+        screen.fail(str(e) or "stopped; the same command continues")
+        raise typer.Exit(130) from None
+
+
+@contextmanager
+def quiet_pillow() -> Iterator[None]:
+    """Pillow warns of odd files one by one; their rows say what is wrong with them."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=r"PIL\.")
+        yield
+
+
+@contextmanager
+def _progress(every: float = 10.0) -> Iterator[Callable[[Any], None]]:
+    """As for an audit, but the end may not be known."""
+    last = time.monotonic()
+    with screen.progress("index") as show:
+
+        def update(p: Any) -> None:
+            nonlocal last
+            if p.asked is not None:
+                show(p)
+            elif time.monotonic() - last >= every:
+                last = time.monotonic()
+                screen.say(f"index: {p.done} pictures")
+
+        yield update

@@ -1,0 +1,101 @@
+"""Descriptor: what turns pictures into numbers that say "copy", and what a search among references answers."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any, Protocol, TypeAlias, runtime_checkable
+
+from jaxtyping import Float
+from PIL import Image
+from torch import Tensor
+
+from ..errors import UnknownName, UsageError
+
+__all__ = ["DEFAULT", "Descriptor", "Match", "Pictures", "Vectors", "build", "installed", "matched"]
+
+Pictures: TypeAlias = Float[Tensor, "batch 3 height width"]
+"""RGB in [0, 1]."""
+
+Vectors: TypeAlias = Float[Tensor, "batch dim"]
+"""Descriptors: rows of unit length, so that similarity is their dot product."""
+
+DEFAULT = "pixels"
+"""The descriptor that commands use when none is named."""
+
+
+@runtime_checkable
+class Descriptor(Protocol):
+    """Weights, preprocessing and similarity in one object, with a name that is stored beside every number it gives.
+
+    ``descriptor(descriptor.prepare(picture)[None])`` and ``descriptor(tensor of the same picture[None])`` agree but for
+    rounding: an index is built through the one and asked through the other.
+    """
+
+    @property
+    def name(self) -> str:
+        """Different for whatever gives different numbers."""
+        ...
+
+    def identity(self) -> dict[str, Any]:
+        """What its numbers depend on, as plain values: hash of the weights, preprocessing."""
+        ...
+
+    def prepare(self, picture: Image.Image) -> Float[Tensor, "3 height width"]:
+        """An RGB picture as the tensor it is described from, all of one size. Runs in decoding threads: no state, no device.
+
+        Raises:
+            UsageError: this picture cannot be described, for instance because it is too small.
+        """
+        ...
+
+    def __call__(self, images: Pictures) -> Vectors:
+        """Descriptors of pictures of any one size, rows of unit length (zero for a picture without content)."""
+        ...
+
+
+@dataclass(frozen=True)
+class Match:
+    """The nearest reference of one picture."""
+
+    reference: str
+    similarity: float
+    descriptor: str
+    threshold: float | None
+    copy_found: bool | None
+
+
+def matched(reference: str, similarity: float, descriptor: str, threshold: float | None) -> Match:
+    """A match; a copy is *above* the calibrated threshold, and without one no copy is called."""
+    found = None if threshold is None else similarity > threshold
+    return Match(reference, round(similarity, 6), descriptor, threshold, found)
+
+
+def installed() -> dict[str, EntryPoint]:
+    """Descriptors by name, ours and plugins'; none is imported."""
+    return {entry.name: entry for entry in entry_points(group="mnemoscope.descriptors")}
+
+
+def build(name: str, options: Mapping[str, Any] | None = None) -> Descriptor:
+    """A descriptor from plain values, as an index's manifest holds them.
+
+    Raises:
+        UnknownName: no descriptor, or no option of it, has this name; the nearest one is suggested.
+        UsageError: a value that the descriptor refuses.
+    """
+    known = installed()
+    if name not in known:
+        raise UnknownName("descriptor", name, known)
+    make = known[name].load()
+    accepted = list(inspect.signature(make).parameters)
+    for option in options or {}:
+        if option not in accepted:
+            raise UnknownName(f"option of descriptor {name}", option, accepted)
+    try:
+        return make(**(options or {}))
+    except (TypeError, ValueError) as e:
+        raise UsageError(
+            f"descriptor {name} does not take {dict(options or {})} ({e}); see `mnemoscope ls descriptors`."
+        ) from e

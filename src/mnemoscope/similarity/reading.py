@@ -1,0 +1,741 @@
+"""Pictures out of a folder, an archive or a table, one at a time: memory does not grow with the set.
+
+A source lists its entries in an order that does not change (:class:`Source`); :func:`read` decodes and prepares them a few
+threads ahead of whoever looks at them. A picture that cannot be had is an answer with a reason, never an exception:
+millions of files hold every fault there is.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import lzma
+import os
+import stat
+import tarfile
+import zipfile
+import zlib
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, runtime_checkable
+
+from PIL import Image
+
+from ..errors import MnemoscopeError, UnknownName, UsageError
+from .decoding import ENDINGS, MAX_BYTES, decode
+
+if TYPE_CHECKING:
+    import pyarrow
+
+__all__ = ["Anything", "Entry", "Reading", "Source", "Unreadable", "open_source", "picture_of", "read", "reopened"]
+
+CHUNK = 16
+"""Pictures that one thread decodes at a stretch: enough to make handing them over cheap."""
+
+Anything: TypeAlias = Any
+"""What :func:`open_source` takes: a path, a list of paths, a ``datasets`` data set, or a source."""
+
+
+class Unreadable(Exception):
+    """The bytes of an entry cannot be had; the text says why, as a kind and what exactly."""
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One picture of a source, not yet read.
+
+    Attributes:
+        id: Its name in the set; the same whenever the same source is listed.
+        read: Its bytes. Called in another thread; may raise anything.
+        size: Their number, where that is known without reading them.
+        at: Where it is in the source, if that is not its id.
+        note: What a reader of its row should know.
+    """
+
+    id: str
+    read: Callable[[], bytes]
+    size: int | None = None
+    at: str | None = None
+    note: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """One picture, read and prepared, or the reason why not.
+
+    Attributes:
+        entry: What was to be read.
+        sha256: Of the file's bytes; None: they could not be had, which another time may differ.
+        size: Number of bytes.
+        width: In pixels, upright.
+        height: In pixels, upright.
+        prepared: What ``prepare`` made of the picture.
+        reason: Why there is none.
+        note: What was converted.
+    """
+
+    entry: Entry
+    sha256: str | None = None
+    size: int | None = None
+    width: int | None = None
+    height: int | None = None
+    prepared: Any = None
+    reason: str | None = None
+    note: str | None = None
+
+
+@runtime_checkable
+class Source(Protocol):
+    """Where pictures come from."""
+
+    def describe(self) -> dict[str, Any]:
+        """What it is, as plain values: two sources with equal descriptions list equal ids."""
+        ...
+
+    def opened(self) -> AbstractContextManager[Iterator[Entry]]:
+        """Its entries in their order. They can be read as long as the context is open."""
+        ...
+
+    def count(self) -> int | None:
+        """How many entries there are; None: nobody knows before the end."""
+        ...
+
+    def fetch(self, at: str) -> bytes:
+        """The bytes of one entry; raises what reading it raises."""
+        ...
+
+
+def open_source(what: Anything, *, column: str | None = None, id_column: str | None = None) -> Source:
+    """The source that something is.
+
+    Args:
+        what: A folder of pictures (searched recursively), of tar archives, of Parquet files, or one that ``datasets`` saved; a
+            ``.zip``, ``.tar`` (also compressed) or ``.parquet`` file; a single picture; a list of paths of pictures; a
+            ``datasets`` data set; or a source, which is returned.
+        column: The column of a table that holds the pictures; default: the only one that can.
+        id_column: A column with a different id for each picture; default: file and row number.
+
+    Raises:
+        UsageError: there is nothing, or it holds no pictures.
+        UnknownName: the table has no such column.
+    """
+    if isinstance(what, (str, Path)):
+        return _of_path(Path(what), column, id_column)
+    if hasattr(what, "with_format") and hasattr(what, "features"):
+        return _Dataset(what, column, id_column)
+    if isinstance(what, Source):
+        return what
+    if isinstance(what, Iterable):
+        if paths := [Path(path) for path in what]:
+            return _Files(paths)
+        raise UsageError("the list of pictures is empty; name at least one.")
+    raise UsageError(
+        f"{type(what).__name__} is no source of pictures; give a folder, an archive, a Parquet file or a list of paths."
+    )
+
+
+def reopened(record: dict[str, Any]) -> Source | None:
+    """The source that described itself so; None: it is gone, or was an object in memory."""
+    if record["kind"] == "files":
+        return _Files([])
+    try:
+        source = open_source(record["path"], column=record.get("column"), id_column=record.get("id_column"))
+    except UsageError:
+        return None
+    return source if source.describe()["kind"] == record["kind"] else None
+
+
+def _of_path(path: Path, column: str | None, id_column: str | None) -> Source:
+    if path.is_dir():
+        return _of_folder(path, column, id_column)
+    if not path.exists():
+        raise UsageError(f"{path} does not exist; give a folder, an archive or a Parquet file of pictures.")
+    if path.suffix.lower() == ".zip":
+        return _Zip(path)
+    if _is_tar(path):
+        return _Tars([path], path)
+    if path.suffix.lower() == ".parquet":
+        return _Parquet([path], path, column, id_column)
+    if path.suffix.lower() in ENDINGS:
+        return _Files([path])
+    raise UsageError(
+        f"{path} is neither a folder nor a .zip, .tar or .parquet file nor a picture; give one of these, or a list of paths."
+    )
+
+
+def _of_folder(folder: Path, column: str | None, id_column: str | None) -> Source:
+    if (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file():
+        return _Arrow(folder, column, id_column)
+    # Pictures win: a folder of pictures often has a Parquet file of captions beside them.
+    if next(_walk(folder), None) is not None:
+        return _Folder(folder)
+    files = sorted(p for p in folder.rglob("*") if p.is_file())
+    if tars := [p for p in files if _is_tar(p)]:
+        return _Tars(tars, folder)
+    if tables := [p for p in files if p.suffix.lower() == ".parquet"]:
+        return _Parquet(tables, folder, column, id_column)
+    raise UsageError(
+        f"{folder} holds no pictures: no file ends like one ({', '.join(sorted(ENDINGS)[:4])}, …), and there is no tar archive or "
+        f"Parquet file."
+    )
+
+
+def _is_tar(path: Path) -> bool:
+    return path.name.lower().endswith((".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz"))
+
+
+# Decoding ahead -----------------------------------------------------------------------------------------------------------
+
+
+def read(
+    source: Source,
+    prepare: Callable[[Image.Image], Any],
+    *,
+    workers: int | None = None,
+    fresh: Callable[[list[Entry]], list[Entry]] = list,
+) -> Iterator[Reading]:
+    """Every picture of a source, prepared, in the source's order.
+
+    Args:
+        source: Where they come from.
+        prepare: Makes of an RGB picture what is handed on; a :class:`~mnemoscope.errors.MnemoscopeError` of it is a reason.
+        workers: Threads (Pillow decodes outside Python's lock); default: one per CPU, at most 16.
+        fresh: Chooses from some entries those to read, before their bytes are touched.
+
+    Yields:
+        Readings. At most ``CHUNK * (workers + 2)`` of them are in memory.
+    """
+    workers = workers or min(16, _cpus())
+    with source.opened() as entries:
+        pool = ThreadPoolExecutor(workers, thread_name_prefix="decode")
+        waiting: deque[Future[list[Reading]]] = deque()
+        try:
+            while chunk := list(islice(entries, CHUNK)):
+                if chosen := fresh(chunk):
+                    waiting.append(pool.submit(_readings, chosen, prepare))
+                if len(waiting) > workers:
+                    yield from waiting.popleft().result()
+            while waiting:
+                yield from waiting.popleft().result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _cpus() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _readings(entries: Sequence[Entry], prepare: Callable[[Image.Image], Any]) -> list[Reading]:
+    return [_reading(entry, prepare) for entry in entries]
+
+
+def _reading(entry: Entry, prepare: Callable[[Image.Image], Any]) -> Reading:
+    try:
+        data = entry.read()
+    except Unreadable as e:
+        return Reading(entry, reason=str(e), note=entry.note)
+    except Exception as e:  # a disk, a network, an archive: whatever they raise, the next picture may be well
+        return Reading(entry, reason=f"unreadable: {type(e).__name__}: {e}"[:240], note=entry.note)
+    sha256, size = hashlib.sha256(data).hexdigest(), len(data)
+    decoded = decode(data)
+    note = "; ".join(n for n in (entry.note, decoded.note) if n) or None
+    if decoded.picture is None:
+        return Reading(entry, sha256, size, reason=decoded.reason, note=note)
+    width, height = decoded.picture.size
+    try:
+        prepared = prepare(decoded.picture)
+    except MnemoscopeError as e:
+        return Reading(entry, sha256, size, width, height, reason=f"not described: {e}", note=note)
+    return Reading(entry, sha256, size, width, height, prepared, note=note)
+
+
+# Files --------------------------------------------------------------------------------------------------------------------
+
+
+class _Folder:
+    """All pictures below a folder; the id is the path inside it, with slashes on every system."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def describe(self) -> dict[str, Any]:
+        return {"kind": "folder", "path": str(self.folder.resolve())}
+
+    def opened(self) -> AbstractContextManager[Iterator[Entry]]:
+        return nullcontext(_walk(self.folder))
+
+    def count(self) -> int:
+        return sum(1 for _ in _walk(self.folder))
+
+    def fetch(self, at: str) -> bytes:
+        return _file(self.folder / at)
+
+
+class _Files:
+    """Pictures named one by one; the id is the path as it was given."""
+
+    def __init__(self, paths: Sequence[Path]):
+        self.paths = paths
+
+    def describe(self) -> dict[str, Any]:
+        return {"kind": "files"}
+
+    def opened(self) -> AbstractContextManager[Iterator[Entry]]:
+        return nullcontext(_on_disk(str(path), path.as_posix()) for path in self.paths)
+
+    def count(self) -> int:
+        return len(self.paths)
+
+    def fetch(self, at: str) -> bytes:
+        return _file(Path(at))
+
+
+def _walk(folder: Path, inside: str = "") -> Iterator[Entry]:
+    """Entries of a folder, sorted within each level. Symbolic links to files are followed, those to folders are not."""
+    try:
+        with os.scandir(folder) as found:
+            items = sorted(found, key=lambda item: item.name)
+    except OSError as e:
+        yield _lost(inside or ".", f"unreadable: {e.strerror or e}")
+        return
+    for item in items:
+        if item.name.startswith("."):
+            continue
+        name = f"{inside}{item.name}"
+        if item.is_dir(follow_symlinks=False):
+            yield from _walk(folder / item.name, f"{name}/")
+        elif item.is_symlink() and item.is_dir():
+            yield _lost(name, "link: to a folder, not followed")
+        elif os.path.splitext(item.name)[1].lower() in ENDINGS:
+            yield _on_disk(item.path, name)
+
+
+def _on_disk(path: str, name: str) -> Entry:
+    try:
+        size = os.stat(path).st_size
+    except OSError:
+        size = None
+    note = "a symbolic link" if os.path.islink(path) else None
+    return Entry(_valid(name), lambda: _file(path), size, note=note)
+
+
+def _file(path: str | Path) -> bytes:
+    try:
+        facts = os.stat(path)
+    except OSError as e:
+        kind = "link: to nothing" if os.path.islink(path) else "unreadable"
+        raise Unreadable(f"{kind}: {e.strerror or e}") from None
+    if not stat.S_ISREG(facts.st_mode):  # a pipe would wait forever
+        raise Unreadable("unreadable: not a file")
+    return _bounded(facts.st_size, Path(path).read_bytes)
+
+
+def _bounded(size: int, get: Callable[[], bytes]) -> bytes:
+    if size > MAX_BYTES:
+        raise Unreadable(f"too large: {size:,} bytes; the limit is {MAX_BYTES:,}")
+    return get()
+
+
+def _lost(name: str, reason: str) -> Entry:
+    """Something that should be there and is not: it becomes a row, so that it is not lost silently."""
+
+    def fail() -> bytes:
+        raise Unreadable(reason)
+
+    return Entry(_valid(name), fail)
+
+
+def _valid(name: str) -> str:
+    """A name as UTF-8 can hold it: a file system's may be any bytes."""
+    return name.encode("utf-8", "backslashreplace").decode()
+
+
+# Archives -----------------------------------------------------------------------------------------------------------------
+
+
+class _Zip:
+    """Pictures of a zip archive, sorted by their names in it, which are the ids."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        with self._archive():
+            pass
+
+    def _archive(self) -> zipfile.ZipFile:
+        try:
+            return zipfile.ZipFile(self.path)
+        except (OSError, zipfile.BadZipFile) as e:
+            raise UsageError(f"{self.path} cannot be read as a zip archive ({e}); check the file.") from e
+
+    def describe(self) -> dict[str, Any]:
+        return {"kind": "zip", "path": str(self.path.resolve())}
+
+    @contextmanager
+    def opened(self) -> Iterator[Iterator[Entry]]:
+        with self._archive() as archive:
+            yield (self._entry(archive, info) for info in self._pictures(archive))
+
+    def count(self) -> int:
+        with self._archive() as archive:
+            return len(self._pictures(archive))
+
+    def fetch(self, at: str) -> bytes:
+        with self._archive() as archive:
+            info = archive.getinfo(at)
+            return self._entry(archive, info).read()
+
+    def _pictures(self, archive: zipfile.ZipFile) -> list[zipfile.ZipInfo]:
+        return sorted((i for i in archive.infolist() if _is_picture(i.filename)), key=lambda info: info.filename)
+
+    def _entry(self, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> Entry:
+        # The stated size is also where zipfile stops, so that a bomb cannot say less than it is.
+        return Entry(info.filename, lambda: _bounded(info.file_size, lambda: archive.read(info)), info.file_size)
+
+
+class _Tars:
+    """Pictures of tar archives, in the order in which they are stored; of several archives, ids begin with the archive's name."""
+
+    def __init__(self, paths: Sequence[Path], where: Path):
+        self.paths, self.where = paths, where
+
+    def describe(self) -> dict[str, Any]:
+        return {"kind": "tar", "path": str(self.where.resolve())}
+
+    def opened(self) -> AbstractContextManager[Iterator[Entry]]:
+        return nullcontext(self._entries())
+
+    def count(self) -> int | None:
+        if any(path.suffix.lower() != ".tar" for path in self.paths):
+            return None  # counting would decompress everything
+        return sum(1 for path in self.paths for _ in self._members(path, read=False))
+
+    def fetch(self, at: str) -> bytes:
+        # Through one archive from its beginning: tar has no index.
+        for path in self.paths:
+            prefix = self._prefix(path)
+            if at.startswith(prefix):
+                for entry in self._members(path, read=True, only=at):
+                    return entry.read()
+        raise Unreadable(f"gone: {at} is no longer in the archive")
+
+    def _entries(self) -> Iterator[Entry]:
+        for path in self.paths:
+            yield from self._members(path, read=True)
+
+    def _prefix(self, path: Path) -> str:
+        return "" if path == self.where else f"{path.relative_to(self.where).as_posix()}/"
+
+    def _members(self, path: Path, *, read: bool, only: str | None = None) -> Iterator[Entry]:
+        prefix = self._prefix(path)
+        try:
+            # The archive is read once, from front to back, so the bytes of a member are taken as it passes by.
+            with tarfile.open(path, "r|*" if read else "r:") as archive:
+                for member in archive:
+                    archive.members = []  # type: ignore[attr-defined]  # it would keep every header it has seen
+                    name = prefix + member.name
+                    if _is_picture(member.name) and not member.isdir() and only in (None, name):
+                        yield self._entry(archive, member, name) if read else Entry(name, bytes)
+        except (OSError, EOFError, tarfile.TarError, zlib.error, lzma.LZMAError) as e:
+            yield _lost(f"{prefix or path.name}!", f"archive: {path.name} is damaged ({e}); what follows is missing")
+
+    def _entry(self, archive: tarfile.TarFile, member: tarfile.TarInfo, name: str) -> Entry:
+        if not member.isreg():
+            return _lost(name, "link: inside an archive, not followed")
+        if member.size > MAX_BYTES:
+            return _lost(name, f"too large: {member.size:,} bytes; the limit is {MAX_BYTES:,}")
+        stream = archive.extractfile(member)
+        data = b"" if stream is None else stream.read()
+        if len(data) < member.size:
+            raise tarfile.ReadError("unexpected end of data")
+        return Entry(_valid(name), lambda: data, member.size)
+
+
+def _is_picture(name: str) -> bool:
+    """Whether an archive's member is taken for a picture; what macOS hides in archives is not."""
+    parts = name.split("/")
+    hidden = any(part.startswith(".") and part not in (".", "..") for part in parts) or "__MACOSX" in parts
+    return not hidden and os.path.splitext(name)[1].lower() in ENDINGS
+
+
+# Tables -------------------------------------------------------------------------------------------------------------------
+
+ROWS = 16
+"""Rows of a table that are in memory at a time."""
+
+
+class _Table(ABC):
+    """Rows with a column of pictures: their bytes, or ``{bytes, path}`` as ``datasets`` writes them.
+
+    The id is ``file#row``, or what the id column says.
+    """
+
+    kind = "table"
+
+    def __init__(self, column: str | None, id_column: str | None):
+        schema = self.schema()
+        self.column, self.id_column = _picture_column(schema, column, self.label()), id_column
+        if id_column is not None and id_column not in schema.names:
+            raise UnknownName(f"column in {self.label()}", id_column, schema.names)
+
+    @abstractmethod
+    def label(self) -> str:
+        """What it is called in sentences, and known by."""
+
+    @abstractmethod
+    def schema(self) -> pyarrow.Schema:
+        """Of its first file."""
+
+    @abstractmethod
+    def files(self) -> list[str]:
+        """Names of its files."""
+
+    @abstractmethod
+    def blocks(self, file: str, columns: list[str]) -> Iterator[pyarrow.RecordBatch]:
+        """The rows of one file, at most ROWS at a time."""
+
+    @abstractmethod
+    def count(self) -> int | None:
+        """Rows of all files."""
+
+    def cell(self, file: str, row: int) -> Any:
+        """The picture cell of one row."""
+        for block in self.blocks(file, [self.column]):
+            if row < len(block):
+                return block.column(0)[row].as_py()
+            row -= len(block)
+        raise Unreadable(f"gone: {file} no longer has that row")
+
+    def base(self, file: str) -> Path | None:
+        """The folder that paths in cells start from and stay in; None: paths are not followed."""
+        return None
+
+    def describe(self) -> dict[str, Any]:
+        return {"kind": self.kind, "path": self.label(), "column": self.column, "id_column": self.id_column}
+
+    def opened(self) -> AbstractContextManager[Iterator[Entry]]:
+        return nullcontext(entry for file in self.files() for entry in self._entries(file))
+
+    def fetch(self, at: str) -> bytes:
+        file, _, row = at.rpartition("#")
+        return _bytes_of(self.cell(file, int(row)), self.base(file))
+
+    def _entries(self, file: str) -> Iterator[Entry]:
+        columns, row, base = [self.column, *([self.id_column] if self.id_column else [])], 0, self.base(file)
+        try:
+            for block in self.blocks(file, columns):
+                for facts in block.to_pylist():
+                    at = f"{file}#{row}"
+                    yield _cell_entry(
+                        facts[self.column], str(facts[self.id_column]) if self.id_column else at, at, base
+                    )
+                    row += 1
+        except (OSError, ValueError, KeyError, NotImplementedError) as e:  # pyarrow's errors are kinds of these
+            why = f"{type(e).__name__}: {e}"[:160]
+            yield _lost(f"{file}#{row}!", f"table: {file or self.label()} is damaged ({why}); what follows is missing")
+
+
+def _picture_column(schema: pyarrow.Schema, column: str | None, label: str) -> str:
+    fitting = [field.name for field in schema if _holds_pictures(field.type)]
+    if column is None:
+        if len(fitting) != 1:
+            what = f"several columns of bytes ({', '.join(fitting)})" if fitting else "no column of pictures"
+            raise UsageError(f"{label} has {what}; name the one that holds pictures (column).")
+        return fitting[0]
+    if column not in schema.names:
+        raise UnknownName(f"column in {label}", column, schema.names)
+    if column not in fitting:
+        raise UsageError(
+            f"column {column!r} of {label} holds {schema.field(column).type}; pictures are bytes, or bytes with a path."
+        )
+    return column
+
+
+def _holds_pictures(kind: Any) -> bool:
+    import pyarrow.types as kinds
+
+    if kinds.is_struct(kind):
+        return any(kind.field(i).name == "bytes" for i in range(kind.num_fields))
+    return kinds.is_binary(kind) or kinds.is_large_binary(kind)
+
+
+def _cell_entry(cell: Any, name: str, at: str, base: Path | None) -> Entry:
+    return Entry(name, lambda: _bytes_of(cell, base), at=None if at == name else at)
+
+
+def _bytes_of(cell: Any, base: Path | None) -> bytes:
+    data, path = (cell.get("bytes"), cell.get("path")) if isinstance(cell, dict) else (cell, None)
+    if data is not None:
+        return _bounded(len(data), lambda: bytes(data))
+    if not path:
+        raise Unreadable("empty: the cell holds nothing")
+    if base is None:
+        raise Unreadable(f"elsewhere: the table holds only a path ({path})")
+    inside = (base / path).resolve()
+    if not inside.is_relative_to(base.resolve()):  # a table from elsewhere must not choose which files are opened
+        raise Unreadable(f"elsewhere: the table names a file outside its folder ({path})")
+    return _file(inside)
+
+
+class _Parquet(_Table):
+    """One Parquet file, or all below a folder."""
+
+    kind = "parquet"
+
+    def __init__(self, paths: Sequence[Path], where: Path, column: str | None, id_column: str | None):
+        self.where = where
+        self.paths = {p.name if p == where else p.relative_to(where).as_posix(): p for p in paths}
+        super().__init__(column, id_column)
+
+    def label(self) -> str:
+        return str(self.where.resolve())
+
+    def schema(self) -> pyarrow.Schema:
+        import pyarrow.parquet as pq
+
+        path = next(iter(self.paths.values()))
+        try:
+            return pq.read_schema(path)
+        except (OSError, ValueError) as e:
+            raise UsageError(f"{path} cannot be read as Parquet ({e}); check the file.") from e
+
+    def files(self) -> list[str]:
+        return list(self.paths)
+
+    def base(self, file: str) -> Path:
+        return self.paths[file].parent
+
+    def count(self) -> int | None:
+        import pyarrow.parquet as pq
+
+        try:
+            return sum(pq.read_metadata(path).num_rows for path in self.paths.values())
+        except (OSError, ValueError):
+            return None
+
+    def blocks(self, file: str, columns: list[str]) -> Iterator[pyarrow.RecordBatch]:
+        import pyarrow.parquet as pq
+
+        # Without pre-buffering, pages are read as they are needed instead of a whole row group at once.
+        with pq.ParquetFile(self.paths[file], pre_buffer=False, buffer_size=1 << 20) as table:
+            yield from table.iter_batches(ROWS, columns=columns)
+
+    def cell(self, file: str, row: int) -> Any:
+        import pyarrow.parquet as pq
+
+        with pq.ParquetFile(self.paths[file]) as table:
+            for group in range(table.num_row_groups):
+                rows = table.metadata.row_group(group).num_rows
+                if row < rows:
+                    return table.read_row_group(group, [self.column]).column(0)[row].as_py()
+                row -= rows
+        raise Unreadable(f"gone: {file} no longer has that row")
+
+
+class _Arrow(_Table):
+    """A folder that ``datasets`` saved, read without it: Arrow streams, and JSON files that list them."""
+
+    kind = "datasets folder"
+
+    def __init__(self, folder: Path, column: str | None, id_column: str | None):
+        self.folder = folder
+        self.paths = dict(_saved_files(folder))
+        super().__init__(column, id_column)
+
+    def label(self) -> str:
+        return str(self.folder.resolve())
+
+    def schema(self) -> pyarrow.Schema:
+        path = next(iter(self.paths.values()))
+        try:
+            with _stream(path) as blocks:
+                return blocks.schema
+        except (OSError, ValueError) as e:
+            raise UsageError(f"{path} cannot be read as an Arrow stream ({e}); save the data set again.") from e
+
+    def files(self) -> list[str]:
+        return list(self.paths)
+
+    def base(self, file: str) -> Path:
+        return self.folder
+
+    def count(self) -> int | None:
+        try:
+            return sum(len(block) for file in self.files() for block in self.blocks(file, [self.column]))
+        except (OSError, ValueError):
+            return None
+
+    def blocks(self, file: str, columns: list[str]) -> Iterator[pyarrow.RecordBatch]:
+        with _stream(self.paths[file]) as blocks:
+            for block in blocks:
+                for start in range(0, len(block), ROWS):
+                    yield block.select(columns).slice(start, ROWS)
+
+
+def _saved_files(folder: Path) -> Iterator[tuple[str, Path]]:
+    """Name and path of each file of a saved data set, or of all its splits."""
+    try:
+        splits = [""]
+        if (folder / "dataset_dict.json").is_file():
+            splits = [f"{name}/" for name in json.loads((folder / "dataset_dict.json").read_bytes())["splits"]]
+        for split in splits:
+            for file in json.loads((folder / split / "state.json").read_bytes())["_data_files"]:
+                yield split + file["filename"], folder / split / file["filename"]
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise UsageError(f"{folder} does not list the files of a data set ({e!r}); save it again.") from e
+
+
+@contextmanager
+def _stream(path: Path) -> Iterator[Any]:
+    import pyarrow as pa
+
+    with pa.memory_map(str(path)) as mapped, pa.ipc.open_stream(mapped) as blocks:
+        yield blocks
+
+
+class _Dataset(_Table):
+    """An open ``datasets`` data set, asked for Arrow tables so that it does not decode."""
+
+    kind = "datasets"
+
+    def __init__(self, data: Any, column: str | None, id_column: str | None):
+        self.data = data.with_format("arrow")
+        super().__init__(column, id_column)
+
+    def label(self) -> str:
+        return f"data set {getattr(self.data, '_fingerprint', None) or '(a stream)'}"
+
+    def schema(self) -> pyarrow.Schema:
+        return self.data.features.arrow_schema
+
+    def files(self) -> list[str]:
+        return [""]
+
+    def count(self) -> int | None:
+        return len(self.data) if hasattr(self.data, "__len__") else None
+
+    def base(self, file: str) -> Path:
+        return Path(os.sep)  # whoever opened the data set trusts the paths in it
+
+    def blocks(self, file: str, columns: list[str]) -> Iterator[pyarrow.RecordBatch]:
+        for table in self.data.select_columns(columns).iter(ROWS):
+            yield from table.to_batches()
+
+    def cell(self, file: str, row: int) -> Any:
+        if not hasattr(self.data, "__getitem__"):
+            return super().cell(file, row)
+        return self.data[row].column(self.column)[0].as_py()
+
+
+def picture_of(source: Source, at: str, sha256: str) -> Image.Image | None:
+    """One picture of a source again; None where it is gone, or is not what it was."""
+    try:
+        data = source.fetch(at)
+    except Exception:  # as in reading: whatever is wrong with it
+        return None
+    return decode(data).picture if hashlib.sha256(data).hexdigest() == sha256 else None

@@ -1,0 +1,167 @@
+"""Who may look: this machine, unless a host and a token are given; and what a page may do in a browser: nothing but show itself.
+
+Another page in the same browser cannot read ours: the server answers only to names that are its own (against DNS rebinding), and
+only to ``GET``. A content security policy allows our one script and our one style sheet, and no address but ours.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import ipaddress
+import re
+import socket
+from urllib.parse import parse_qsl, quote, urlencode
+
+from starlette.datastructures import MutableHeaders
+from starlette.requests import HTTPConnection
+from starlette.responses import PlainTextResponse, RedirectResponse, Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from ..errors import UsageError
+
+__all__ = ["Gate", "hosts", "is_loopback"]
+
+LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
+
+COOKIE = "mnemoscope-view"
+
+HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src data:; connect-src 'self'; "
+    "form-action 'self'; base-uri 'none'; frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "X-Frame-Options": "DENY",
+    "Referrer-Policy": "no-referrer",
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Permissions-Policy": "camera=(), microphone=(), geolocation=()",
+    "Cache-Control": "no-store",
+}
+"""Sent with everything."""
+
+NO_TOKEN = (
+    "401: this server asks for its token. Open the address once with ?token=… (what MNEMOSCOPE_VIEW_TOKEN or --token was set to), "
+    "or send the header Authorization: Bearer ….\n"
+)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach a server that listens there."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def hosts(host: str, token: str | None) -> frozenset[str]:
+    """The names by which a server may be called, besides addresses in digits, which no name server can forge.
+
+    Args:
+        host: Where it listens.
+        token: What it asks for.
+
+    Raises:
+        UsageError: others than this machine could reach it, and there is no token.
+    """
+    if token is not None and not token.strip():
+        raise UsageError("the token is empty; give a long random one, or none to be reachable from this machine only.")
+    if is_loopback(host):
+        return LOOPBACK | {host}
+    if token is None:
+        raise UsageError(
+            f"--host {host} would show the runs to others than this machine; set MNEMOSCOPE_VIEW_TOKEN to a long random word as well, "
+            "or leave --host out."
+        )
+    return LOOPBACK | {host, socket.gethostname().lower(), socket.getfqdn().lower()}
+
+
+class Gate:
+    """ASGI middleware: refuses what :mod:`mnemoscope.web.access` says, and adds :data:`HEADERS` to every answer.
+
+    Args:
+        app: The application behind it.
+        host: Where the server listens.
+        token: What a visitor must show; None: nothing.
+
+    Raises:
+        UsageError: see :func:`hosts`.
+    """
+
+    def __init__(self, app: ASGIApp, host: str = "127.0.0.1", token: str | None = None):
+        self.app = app
+        self.names = hosts(host, token)
+        self.digits = not is_loopback(host)
+        self.token = token
+        # The cookie is not the token itself: browsers send cookies to every port of a host.
+        self.pass_ = hmac.new((token or "").encode(), b"mnemoscope view", hashlib.sha256).hexdigest()
+        self.cookie = f"{COOKIE}-{self.pass_[:8]}"  # which is why two servers need two names
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request, or refuse it."""
+        if scope["type"] != "http":
+            if scope["type"] == "lifespan":
+                await self.app(scope, receive, send)
+            return
+
+        async def send_guarded(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                headers = MutableHeaders(scope=message)
+                for name, value in HEADERS.items():
+                    headers[name] = value
+            await send(message)
+
+        answer: ASGIApp = self._refusal(HTTPConnection(scope)) or self.app
+        await answer(scope, receive, send_guarded)
+
+    def _refusal(self, asked: HTTPConnection) -> Response | None:
+        if not self._ours(asked.headers.getlist("host")):
+            return PlainTextResponse(
+                "421: this server does not answer to that name; open it as http://127.0.0.1 or http://localhost with its port.\n",
+                421,
+            )
+        if asked.scope["method"] not in ("GET", "HEAD"):
+            return PlainTextResponse("405: there is nothing to change here.\n", 405, {"Allow": "GET, HEAD"})
+        return None if self.token is None else self._without_token(asked)
+
+    def _ours(self, given: list[str]) -> bool:
+        if len(given) != 1:
+            return False
+        name = _hostname(given[0])
+        return name in self.names or (self.digits and _is_address(name))
+
+    def _without_token(self, asked: HTTPConnection) -> Response | None:
+        scheme, _, shown = asked.headers.get("authorization", "").partition(" ")
+        if scheme.lower() == "bearer" and self._same(shown.strip(), self.token or ""):
+            return None
+        if self._same(asked.cookies.get(self.cookie, ""), self.pass_):
+            return None
+        if self._same(asked.query_params.get("token", ""), self.token or ""):
+            return self._welcome(asked)
+        return PlainTextResponse(NO_TOKEN, 401, {"WWW-Authenticate": "Bearer"})
+
+    def _welcome(self, asked: HTTPConnection) -> Response:
+        """A cookie, and the same address without the token, so that it stays in no history."""
+        rest = [(k, v) for k, v in parse_qsl(asked.url.query, keep_blank_values=True) if k != "token"]
+        # A path of ours begins with one slash; two would be another host.
+        path = "/" + quote(asked.scope["path"].lstrip("/"))
+        answer = RedirectResponse(path + ("?" + urlencode(rest) if rest else ""), 303)
+        answer.set_cookie(self.cookie, self.pass_, httponly=True, samesite="lax", path="/")
+        return answer
+
+    @staticmethod
+    def _same(shown: str, known: str) -> bool:
+        return hmac.compare_digest(shown.encode(errors="replace"), known.encode())
+
+
+def _hostname(header: str) -> str:
+    """The name in a Host header, without port and brackets, in lower case; empty: it is none."""
+    found = re.fullmatch(r"(?:\[([0-9a-f:.]+)\]|([^:\[\]]+))(?::[0-9]+)?", header.strip().lower())
+    return "" if found is None else found[1] or found[2]
+
+
+def _is_address(name: str) -> bool:
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        return False
+    return True

@@ -1,0 +1,300 @@
+"""The pages: runs → run → sample, and two runs compared. Made on the server from the report's templates; one small script keeps
+them up to date and gives them keys, and everything can be read without it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from socket import socket
+from typing import Any
+
+import uvicorn
+from jinja2 import ChoiceLoader, Environment, PackageLoader
+from markupsafe import Markup
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import HTMLResponse, Response
+from starlette.routing import Route
+from starlette.types import ASGIApp
+
+from ..errors import MnemoscopeError, UnknownName, UsageError
+from ..records.schema import Row
+from ..records.store import differences, digest
+from ..report import plots
+from ..report.findings import Finding, Shot
+from ..report.html import environment as report_environment
+from ..report.pictures import Picture, Pictures
+from ..report.words import reference
+from . import listing
+from .access import Gate
+from .listing import Query
+from .reading import Library, Snapshot
+
+__all__ = ["create_app", "serve"]
+
+SIDE = 512
+"""Longest side of the pictures on a sample's page, in pixels."""
+
+SEEDS = 24
+"""How many seeds of its prompt a sample's page shows."""
+
+WHILE_RUNNING, OTHERWISE = 2000, 10000
+"""Milliseconds between two looks at a run that is being written, and at any other: the same command may continue it."""
+
+
+def create_app(folder: str | Path, *, host: str = "127.0.0.1", token: str | None = None) -> ASGIApp:
+    """The application that shows the runs at or below a folder.
+
+    Args:
+        folder: A run folder, or a folder that holds some.
+        host: Where it will listen; a host that others can reach needs a token.
+        token: What a visitor must show once, in the address (``?token=``) or as a bearer.
+
+    Returns:
+        An ASGI application.
+
+    Raises:
+        UsageError: there is no such folder, or others could look without a token.
+    """
+    pages = _Pages(Library(folder))
+    routes = [
+        Route("/", pages.home),
+        Route("/compare", pages.compare),
+        Route("/pair", pages.pair),
+        Route("/run/{run:path}", pages.run),
+        Route("/sample/{run:path}", pages.sample),
+        Route("/style.css", pages.style),
+        Route("/view.js", pages.script),
+    ]
+    return Gate(
+        Starlette(routes=routes, exception_handlers={MnemoscopeError: pages.failed, HTTPException: pages.missing}),
+        host,
+        token,
+    )
+
+
+def serve(app: ASGIApp, listening: socket) -> None:
+    """Answer on a socket that is bound, until interrupted. Addresses are not logged: one of them may hold a token."""
+    config = uvicorn.Config(
+        app,
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        lifespan="off",
+        ws="none",
+        timeout_graceful_shutdown=1,
+    )
+    uvicorn.Server(config).run(sockets=[listening])
+
+
+@dataclass(frozen=True)
+class _View:
+    """One run as the report's table of several runs sees it."""
+
+    key: str
+    name: str
+    summary: Any
+    facts: dict[str, str]
+
+
+@dataclass(frozen=True)
+class _Opened:
+    """One sample with its pictures."""
+
+    row: Row
+    finding: Finding
+    generated: Picture
+    reference: Picture | None
+
+    @property
+    def nearest_words(self) -> str:
+        """What was found nearest to this one picture."""
+        near = self.row.nearest
+        if near is None:
+            return "this seed: not compared with references"
+        named = f"{near.descriptor} {near.similarity:.3f} to reference {reference(near.reference)}"
+        if near.copy_found is None:
+            return f"this seed: {named}; not calibrated, so no copy is called"
+        line = "" if near.threshold is None else f", threshold {near.threshold:.3f}"
+        return f"this seed: {'copy found' if near.copy_found else 'no copy found'} ({named}{line})"
+
+
+class _Pages:
+    """What is shown at each address."""
+
+    def __init__(self, library: Library):
+        self.library = library
+
+    @cached_property
+    def env(self) -> Environment:
+        """The report's words and macros, with our pages before them."""
+        env = report_environment()
+        env.loader = ChoiceLoader([PackageLoader("mnemoscope.web"), PackageLoader("mnemoscope.report")])
+        env.globals |= {"Query": Query, "listing": listing}
+        return env
+
+    # Pages ----------------------------------------------------------------------------------------------------------------
+
+    def home(self, request: Request) -> Response:
+        """All runs."""
+        entries = self.library.entries()
+        version = digest(
+            [[e.name, e.rows, e.error, e.manifest and [e.manifest.status, e.manifest.ended]] for e in entries]
+        )
+        running = any(e.manifest is not None and e.manifest.status == "running" for e in entries)
+        return self._page(request, "home", version, running, entries=entries, folder=self.library.folder)
+
+    def run(self, request: Request) -> Response:
+        """One run: its numbers, and its prompts or samples as a list."""
+        run = self.library.run(request.path_params["run"])
+        query = Query.parse(request.query_params)
+        page = listing.listed(run, query)
+        return self._page(
+            request,
+            "list",
+            run.version,
+            run.manifest.status == "running",
+            run=run,
+            model=_model(run),
+            query=query,
+            page=page,
+            others=[name for name in self.library.names() if name != run.name],
+            config=json.dumps(run.manifest.config, indent=2, ensure_ascii=False, sort_keys=True, default=str),
+        )
+
+    def sample(self, request: Request) -> Response:
+        """One sample: pictures, scores over the steps, the other seeds of its prompt, the whole record."""
+        name, query = request.path_params["run"], Query.parse(request.query_params)
+        opened = self._open(name, request.query_params.get("id", ""), SIDE)
+        row, run = opened.row, self.library.run(name)
+        others = [self._open(name, id, 128) for _, id in run.seeds[row.prompt_id, row.prompt][:SEEDS]]
+        return self._page(
+            request,
+            "sample",
+            run.version,
+            False,
+            run=run,
+            query=query,
+            opened=opened,
+            others=others,
+            seeds=len(run.seeds[row.prompt_id, row.prompt]),
+            place=listing.place(run, query, row.id, (row.prompt_id, row.prompt)),
+            figure=_steps(run, row, [o.row for o in others]),
+            record=json.dumps(row.model_dump(mode="json", exclude_none=True), indent=2, ensure_ascii=False),
+        )
+
+    def compare(self, request: Request) -> Response:
+        """Two runs, and how each prompt did in both."""
+        runs = a, b = [self.library.run(name) for name in self._two(request)]
+        query = Query.parse(request.query_params).at(("run", a.name), ("run", b.name))
+        return self._page(
+            request,
+            "compare",
+            digest([run.version for run in runs]),
+            any(run.manifest.status == "running" for run in runs),
+            a=a,
+            b=b,
+            views=[_View(f"run{i + 1}", r.name, r.summary, {"model": _model(r)}) for i, r in enumerate(runs)],
+            query=query,
+            page=listing.compared(a, b, query),
+            differences=differences(a.manifest.setting, b.manifest.setting),
+        )
+
+    def pair(self, request: Request) -> Response:
+        """One prompt in two runs."""
+        names = self._two(request)
+        ids = request.query_params.getlist("id")
+        if len(ids) != 2 or not any(ids):
+            raise UsageError(f"{len(ids)} samples were named; a pair is two, of which one may be empty.")
+        query = Query.parse(request.query_params).at(("run", names[0]), ("run", names[1]))
+        opened = [self._open(name, id, SIDE) if id else None for name, id in zip(names, ids, strict=True)]
+        runs = a, b = [self.library.run(name) for name in names]
+        return self._page(
+            request,
+            "pair",
+            digest([run.version for run in runs]),
+            False,
+            runs=runs,
+            opened=opened,
+            prompt=next(o.row.prompt for o in opened if o),
+            query=query,
+            place=listing.place_of_pair(a, b, query, (ids[0], ids[1])),
+        )
+
+    def style(self, request: Request) -> Response:
+        """The report's style sheet, its figures' colors, and what only pages with lists need."""
+        return Response("\n".join([self._file("style.css"), plots.CSS, self._file("view.css")]), media_type="text/css")
+
+    def script(self, request: Request) -> Response:
+        """The script."""
+        return Response(self._file("view.js"), media_type="text/javascript")
+
+    def _file(self, name: str) -> str:
+        """A file that lies beside the templates, as it is."""
+        assert self.env.loader is not None
+        return self.env.loader.get_source(self.env, name)[0]
+
+    # Errors ---------------------------------------------------------------------------------------------------------------
+
+    async def failed(self, request: Request, error: Exception) -> Response:
+        """The sentence that the command line would print."""
+        status = 404 if isinstance(error, UnknownName) else 400 if isinstance(error, UsageError) else 500
+        return self._error(str(error), status)
+
+    async def missing(self, request: Request, error: Exception) -> Response:
+        """An address that leads nowhere."""
+        status = error.status_code if isinstance(error, HTTPException) else 404
+        return self._error(f"there is no page {request.url.path}; all runs are on the first one.", status)
+
+    def _error(self, sentence: str, status: int) -> Response:
+        page = self.env.get_template("error.html.jinja").render(sentence=sentence, version="", every=0)
+        return HTMLResponse(_encoded(page), status)
+
+    # What pages share -----------------------------------------------------------------------------------------------------
+
+    def _page(self, request: Request, name: str, version: str, running: bool, **facts: Any) -> Response:
+        if request.query_params.get("seen") == version:
+            return Response(status_code=204)
+        every = WHILE_RUNNING if running else OTHERWISE
+        page = self.env.get_template(f"{name}.html.jinja").render(version=version, every=every, **facts)
+        return HTMLResponse(_encoded(page))
+
+    def _two(self, request: Request) -> list[str]:
+        names = request.query_params.getlist("run")
+        if len(names) != 2:
+            raise UsageError(f"{len(names)} runs were named; mark the two that should be compared.")
+        return names
+
+    def _open(self, name: str, id: str, side: int) -> _Opened:
+        row = self.library.sample(name, id)
+        run = self.library.run(name)  # after the row, so that it knows of it
+        pictures = Pictures(run.folder)
+        shot = Shot(row.seed, None, row.image, row.nearest)
+        near = None if row.nearest is None else pictures.reference(row.nearest, side)
+        return _Opened(row, run.findings[row.prompt_id, row.prompt], pictures.generated(shot, side), near)
+
+
+def _encoded(page: str) -> bytes:
+    return page.encode("utf-8", errors="replace")
+
+
+def _model(run: Snapshot) -> str:
+    return str(run.manifest.target.get("name") or run.manifest.config.get("model") or "the model")
+
+
+def _steps(run: Snapshot, row: Row, others: Sequence[Row]) -> Markup | None:
+    """The score of this seed over the steps, and of all seeds of its prompt where there are several."""
+    detector = run.summary.detector
+    if detector is None or detector not in row.scores or len(row.scores[detector].per_step) < 2:
+        return None
+    curves = [o.scores[detector].per_step for o in others if detector in o.scores]
+    drawn = [plots.Bundle(f"seed {row.seed}", [row.scores[detector].per_step])]
+    if len(curves) > 1:
+        drawn.append(plots.Bundle(f"median of {len(curves)} seeds", curves))
+    return plots.steps(drawn, axis=f"{detector} ({row.scores[detector].space}-space)")
