@@ -21,7 +21,6 @@ from .index import (
     _option,
     build_index,
     quiet_pillow,
-    stoppable,
 )
 
 if TYPE_CHECKING:
@@ -62,7 +61,7 @@ def duplicates(
     from ..similarity.storage import IndexFolder
 
     given = IndexFolder.exists(images)
-    with stoppable(), quiet_pillow():
+    with screen.stoppable(), quiet_pillow():
         if given:
             index = IndexFolder(images)
         else:

@@ -165,7 +165,7 @@ def build_index(
     if descriptor is None and IndexFolder.exists(out):
         record = IndexFolder(out).manifest.descriptor
         descriptor, options = record.maker, options or record.options
-    with stoppable(), quiet_pillow(), _progress() as progress:
+    with screen.stoppable(), quiet_pillow(), _progress() as progress:
         return ReferenceIndex.build(
             source,
             out,
@@ -239,16 +239,6 @@ def _together(pictures: list[Path]) -> list[Path | list[Path]]:
 
     single = [p for p in pictures if not p.is_dir() and p.suffix.lower() in ENDINGS]
     return [*([single] if single else []), *(p for p in pictures if p not in single)]
-
-
-@contextmanager
-def stoppable() -> Iterator[None]:
-    """Ctrl-C says what is saved. Caught here, because typer would turn it into a bare exit code."""
-    try:
-        yield
-    except KeyboardInterrupt as e:
-        screen.fail(str(e) or "stopped; the same command continues")
-        raise typer.Exit(130) from None
 
 
 @contextmanager

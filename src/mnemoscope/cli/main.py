@@ -6,8 +6,6 @@ import logging
 import os
 import shlex
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -142,7 +140,7 @@ def demo(
     from ..report.summary import read_summary
 
     folder = free_folder(out) if fresh else out
-    with _stoppable(), screen.progress("demo") as progress:
+    with screen.stoppable(), screen.progress("demo") as progress:
         run = run_demo(folder, progress=progress, say=screen.say, command=_command())
     summary = read_summary(run.folder)
     _show_run(summary, f"Run: {run.folder}   Report: {write_report(run.folder)}", as_json=as_json)
@@ -256,7 +254,7 @@ def audit(
     if fresh:
         settings = _fresh(settings)
     target = _load(settings)
-    with _stoppable(), screen.progress("audit") as progress:
+    with screen.stoppable(), screen.progress("audit") as progress:
         run = run_audit(settings, target=target, reference=_reference(settings), progress=progress, command=_command())
     summary = read_summary(run.folder)
     _show_run(summary, f"Run: {run.folder}   Report: {write_report(run.folder)}", as_json=as_json)
@@ -306,7 +304,7 @@ def calibrate(
     if fresh:
         settings = _fresh(settings)
     target = _load(settings)
-    with _stoppable(), screen.progress("calibrate") as progress:
+    with screen.stoppable(), screen.progress("calibrate") as progress:
         run, found = run_calibration(settings, fpr=fpr, target=target, progress=progress, command=_command())
     where = f"Written to {run.folder}; use it with: mnemoscope audit … --calibration {run.folder}"
     if len(found) > 1:
@@ -420,16 +418,6 @@ AUDIT_OPTIONS = frozenset({
     "model_option",
 })  # fmt: skip
 """Options that fill :class:`~mnemoscope.audit.config.AuditConfig`; a test keeps the two in step."""
-
-
-@contextmanager
-def _stoppable() -> Iterator[None]:
-    """Ctrl-C says what is saved. Caught here, because typer would turn it into a bare exit code."""
-    try:
-        yield
-    except KeyboardInterrupt as e:
-        screen.fail(str(e) or "stopped; the same command continues")
-        raise typer.Exit(130) from None
 
 
 def _settings(config: Path | None, options: dict[str, Any]) -> AuditConfig:

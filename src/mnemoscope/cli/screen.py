@@ -11,6 +11,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+import typer
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -106,12 +108,22 @@ def show_summary(summary: Summary, *, most: int = 12) -> None:
             f"  {d.name}: AUC {interval(d.auc)}, TPR below 1 % FPR {interval(d.tpr)} ({d.positives} against {d.negatives} prompts)"
         )
     for sentence in summary.untested:
-        say(f"Not tested: {sentence}")
+        say(f"Note: {sentence}")
 
 
 def interval(value: Any) -> str:
     """``0.98 [0.95, 1.00]``."""
     return f"{value.value:.3f} [{value.low:.3f}, {value.high:.3f}]"
+
+
+@contextmanager
+def stoppable() -> Iterator[None]:
+    """Ctrl-C says what is saved. Caught here, because typer would turn it into a bare exit code."""
+    try:
+        yield
+    except KeyboardInterrupt as e:
+        fail(str(e) or "stopped; the same command continues")
+        raise typer.Exit(130) from None
 
 
 @contextmanager
