@@ -1,7 +1,6 @@
 """The command line: what a person types, what it prints, and how it ends."""
 
 import json
-import logging
 import re
 import signal
 import subprocess
@@ -16,25 +15,6 @@ from mnemoscope.audit.config import AuditConfig
 from mnemoscope.audit.run import Progress
 from mnemoscope.cli import main as cli
 from mnemoscope.cli import screen
-
-
-@pytest.fixture
-def run(monkeypatch, capsys):
-    """Call the command in this process; gives exit code, stdout and stderr."""
-
-    def call(*words: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["mnemoscope", *map(str, words)])
-        with pytest.raises(SystemExit) as end:
-            cli.main()
-        out, err = capsys.readouterr()
-        return end.value.code, out, err
-
-    monkeypatch.setattr(screen, "QUIET", False)
-    level, handlers = logging.root.level, logging.root.handlers[:]
-    yield call
-    logging.root.setLevel(level)
-    logging.root.handlers[:] = handlers
-
 
 COMMANDS = ["demo", "check", "audit", "calibrate", "report", "ls", "doctor", "gate", "index", "duplicates", "view"]
 

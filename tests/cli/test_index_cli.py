@@ -7,33 +7,10 @@ import time
 
 import numpy as np
 import pytest
-import typer
 from PIL import Image
 
-from mnemoscope.cli import main as cli
-from mnemoscope.cli.duplicates import duplicates
-from mnemoscope.cli.index import index_app
 from mnemoscope.records.schema import Manifest, Nearest, Row, Score, Thresholds
 from mnemoscope.records.store import Run, Writer
-
-
-@pytest.fixture
-def run(monkeypatch, capsys):
-    """Call the commands in this process; gives exit code, stdout and stderr."""
-    app = typer.Typer(context_settings={"help_option_names": ["-h", "--help"]})
-    app.add_typer(index_app, name="index")
-    app.command()(duplicates)
-    monkeypatch.setattr(cli, "app", app)
-    monkeypatch.setattr(cli.screen, "QUIET", False)
-
-    def call(*words: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["mnemoscope", *map(str, words)])
-        with pytest.raises(SystemExit) as end:
-            cli.main()
-        out, err = capsys.readouterr()
-        return end.value.code, out, err
-
-    return call
 
 
 def smooth(seed):

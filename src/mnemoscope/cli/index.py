@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 import typer
 
-from ..errors import UnknownName, UsageError
+from ..errors import UnknownName
 from . import screen
+from .pairs import read_pairs
 
 if TYPE_CHECKING:
     from ..similarity.index import ReferenceIndex
@@ -161,7 +162,7 @@ def build_index(
     from ..similarity.index import ReferenceIndex
     from ..similarity.storage import IndexFolder
 
-    options = _options(descriptor_option)
+    options = read_pairs("--descriptor-option", descriptor_option, "side=16")
     if descriptor is None and IndexFolder.exists(out):
         record = IndexFolder(out).manifest.descriptor
         descriptor, options = record.maker, options or record.options
@@ -216,21 +217,6 @@ def _search(files: IndexFolder) -> str:
         return "exact"
     found, of = facts["recall"]
     return f"{facts['kind']}, {found} of {of} nearest found"
-
-
-def _options(pairs: list[str] | None) -> dict[str, Any]:
-    import yaml
-
-    found = {}
-    for pair in pairs or []:
-        name, equals, text = pair.partition("=")
-        if not equals:
-            raise UsageError(f"--descriptor-option {pair!r} has no value; write name=value.")
-        try:
-            found[name] = yaml.safe_load(text)
-        except yaml.YAMLError:
-            found[name] = text
-    return found
 
 
 def _together(pictures: list[Path]) -> list[Path | list[Path]]:

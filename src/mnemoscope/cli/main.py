@@ -17,6 +17,7 @@ from . import screen
 from .duplicates import duplicates
 from .gate import gate
 from .index import index_app
+from .pairs import read_pairs
 from .view import view
 
 if TYPE_CHECKING:
@@ -457,19 +458,9 @@ def _number(text: str) -> int | float | str:
 
 def _options(pairs: list[str] | None) -> dict[str, Any]:
     """``name=value`` pairs for the loader."""
-    import yaml
-
-    found = {}
-    for pair in pairs or []:
-        name, equals, text = pair.partition("=")
-        if not equals:
-            raise UsageError(f"--model-option {pair!r} has no value; write name=value, for instance revision=main.")
-        if name in ("dtype", "device"):
-            raise UsageError(f"--model-option {pair!r}: write --{name} {text}.")
-        try:
-            found[name] = yaml.safe_load(text)
-        except yaml.YAMLError:
-            found[name] = text
+    found = read_pairs("--model-option", pairs, "revision=main")
+    for name in found.keys() & {"dtype", "device"}:
+        raise UsageError(f"--model-option {name}: write --{name} {found[name]}.")
     return found
 
 
