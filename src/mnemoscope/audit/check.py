@@ -163,7 +163,8 @@ def check(
     images = images or reference is not None
     x = None
     cond, null = target.encode([prompt]).expand(len(chosen)), target.encode([""])
-    for step in denoise(target, target.noise(chosen), cond, null, steps=steps, guidance=g):
+    # One prompt can afford a sync per step, and is told the step at fault.
+    for step in denoise(target, target.noise(chosen), cond, null, steps=steps, guidance=g, check=True):
         detector.update(step)
         x = step.x_next
         if not images and step.index + 1 >= detector.steps_needed:
