@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from mnemoscope import plugins
 from mnemoscope.audit.config import AuditConfig, DetectorSpec, PromptSource
 from mnemoscope.audit.prompts import Prompt
 from mnemoscope.errors import UnknownName, UsageError
@@ -148,10 +149,8 @@ class Fixed:
 
 @pytest.fixture
 def plugin(monkeypatch: pytest.MonkeyPatch) -> None:
-    from mnemoscope.detect import base
-
-    known = {**base.installed(), "fixed": EntryPoint("fixed", f"{__name__}:Fixed", "mnemoscope.detectors")}
-    monkeypatch.setattr(base, "installed", lambda: known)
+    known = {**plugins.installed("detector"), "fixed": EntryPoint("fixed", f"{__name__}:Fixed", "mnemoscope.detectors")}
+    monkeypatch.setattr(plugins, "installed", lambda kind: known)
 
 
 def test_a_window_is_for_the_detectors_that_have_one(plugin: None) -> None:

@@ -8,8 +8,9 @@ from importlib.metadata import entry_points
 import pytest
 import torch
 
-from mnemoscope.detect.base import Detector, build, installed
+from mnemoscope.detect.base import Detector, build
 from mnemoscope.errors import MnemoscopeError, UnknownName, UsageError
+from mnemoscope.plugins import installed
 from mnemoscope.types import Step
 
 NAMES = sorted({entry.name for entry in entry_points(group="mnemoscope.detectors")})
@@ -48,7 +49,7 @@ def whole(name):
 
 def test_some_are_installed():
     assert "magnitude" in NAMES
-    assert set(NAMES) == set(installed())
+    assert set(NAMES) == set(installed("detector"))
 
 
 def test_conforms(name):

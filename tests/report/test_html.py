@@ -9,10 +9,10 @@ import json
 import re
 import subprocess
 import sys
-from html.parser import HTMLParser
 from xml.etree import ElementTree
 
 import pytest
+from parsed import Parsed
 from PIL import Image
 from synthetic_run import make_run
 
@@ -44,26 +44,8 @@ OURS = set(
 """Every element the templates use; anything else came in through a prompt."""
 
 
-class Page(HTMLParser):
-    """Tags with their attributes, and the text."""
-
-    def __init__(self, html: str):
-        super().__init__(convert_charrefs=True)
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.words: list[str] = []
-        self.html = html
-        self.feed(html)
-        self.close()
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_data(self, data):
-        self.words.append(data)
-
-    @property
-    def text(self) -> str:
-        return " ".join(" ".join(self.words).replace("\u00a0", " ").split())
+class Page(Parsed):
+    """Which can be asked for tags of a class."""
 
     def all(self, tag: str, class_: str = "") -> list[dict[str, str | None]]:
         return [a for t, a in self.tags if t == tag and set(class_.split()) <= set((a.get("class") or "").split())]

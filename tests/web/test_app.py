@@ -14,14 +14,14 @@ import sys
 import tracemalloc
 import urllib.request
 from html import unescape
-from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import quote, urlencode
 
 import pytest
 import typer
+from parsed import Parsed
 from PIL import Image
-from small_runs import HOSTILE, row, write, write_hostile  # first: it says where synthetic_run is
+from small_runs import HOSTILE, row, write, write_hostile
 from starlette.testclient import TestClient
 from synthetic_run import make_run
 
@@ -63,25 +63,8 @@ def client(runs) -> TestClient:
     return TestClient(create_app(runs), base_url=LOOPBACK)
 
 
-class Parsed(HTMLParser):
-    """Tags with attributes, the text, and the lines of the list."""
-
-    def __init__(self, page: str):
-        super().__init__(convert_charrefs=True)
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.words: list[str] = []
-        self.feed(page)
-        self.close()
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_data(self, data):
-        self.words.append(data)
-
-    @property
-    def text(self) -> str:
-        return " ".join(" ".join(self.words).split())
+class Listed(Parsed):
+    """Which knows the lines of its list."""
 
     @property
     def lines(self) -> list[str]:
@@ -95,10 +78,10 @@ class Parsed(HTMLParser):
         return next((a["href"] for tag, a in self.tags if tag == "a" and a.get("rel") == relation), None)
 
 
-def get(client: TestClient, address: str, status: int = 200) -> Parsed:
+def get(client: TestClient, address: str, status: int = 200) -> Listed:
     answer = client.get(address)
     assert answer.status_code == status, answer.text
-    return Parsed(answer.text)
+    return Listed(answer.text)
 
 
 # Numbers ------------------------------------------------------------------------------------------------------------------
@@ -604,7 +587,7 @@ OURS = set(
 """Every element that our templates use; anything else came in through a run."""
 
 
-def hostile_pages(client: TestClient) -> dict[str, Parsed]:
+def hostile_pages(client: TestClient) -> dict[str, Listed]:
     """Every page that can be reached from the first, and one that is asked for hostile things."""
     home = get(client, "/")
     run = get(client, home.opens[0])

@@ -15,7 +15,7 @@ from pathlib import Path
 from urllib.parse import urlencode, urlsplit
 
 import pytest
-from small_runs import HOSTILE, row, write, write_hostile  # first: it says where synthetic_run is
+from small_runs import HOSTILE, row, write, write_hostile
 from synthetic_run import make_run
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")

@@ -13,6 +13,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from ..errors import UnknownName, UsageError
+from ..plugins import options_of
 from ..records.store import digest
 from .prompts import Columns, Prompt, PromptSet, read_prompts
 
@@ -225,11 +226,9 @@ class AuditConfig(_Settings):
             UnknownName: a detector that is not installed.
             UsageError: none of the detectors has a window, or two would become one and the same.
         """
-        from ..detect.base import options_of  # here, because detectors bring torch, and settings are read without
-
         changed: dict[str, DetectorSpec] = {}
         for spec in self.detectors:
-            if "steps" in options_of(spec.name):
+            if "steps" in options_of("detector", spec.name):
                 spec = spec.model_copy(update={"options": {**spec.options, "steps": steps}})
                 twin = next((k for k, s in changed.items() if (s.name, s.options) == (spec.name, spec.options)), None)
                 if twin is not None:

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Collection, Mapping
-from importlib.metadata import EntryPoint, entry_points
+from collections.abc import Collection, Mapping
+from importlib.metadata import EntryPoint
 from typing import Any, Protocol, runtime_checkable
 
 from jaxtyping import Float
 from torch import Tensor
 
-from ..errors import UnknownName, UsageError
+from .. import plugins
 from ..types import PerSample, Step
 
-__all__ = ["Detector", "build", "describe", "installed", "options_of"]
+__all__ = ["Detector", "build", "describe"]
 
 NEEDS = {
     "uncond": "text, guidance above 1",
@@ -59,45 +58,9 @@ class Detector(Protocol):
         ...
 
 
-def installed() -> dict[str, EntryPoint]:
-    """Detectors by name, ours and plugins'; none is imported."""
-    return {entry.name: entry for entry in entry_points(group="mnemoscope.detectors")}
-
-
-def options_of(name: str) -> list[str]:
-    """Names of the options that a detector takes.
-
-    Raises:
-        UnknownName: no detector has this name; the nearest one is suggested.
-    """
-    return list(inspect.signature(_maker(name)).parameters)
-
-
-def _maker(name: str) -> Callable[..., Detector]:
-    known = installed()
-    if name not in known:
-        raise UnknownName("detector", name, known)
-    return known[name].load()
-
-
 def build(name: str, options: Mapping[str, Any] | None = None) -> Detector:
-    """A detector from plain values, as a config or a manifest holds them.
-
-    Raises:
-        UnknownName: no detector, or no option of it, has this name; the nearest one is suggested.
-        UsageError: a value that the detector refuses.
-    """
-    make = _maker(name)
-    accepted = list(inspect.signature(make).parameters)
-    for option in options or {}:
-        if option not in accepted:
-            raise UnknownName(f"option of detector {name}", option, accepted)
-    try:
-        return make(**(options or {}))
-    except (TypeError, ValueError) as e:
-        raise UsageError(
-            f"detector {name} does not take {dict(options or {})} ({e}); see `mnemoscope ls detectors`."
-        ) from e
+    """A detector from plain values: :func:`mnemoscope.plugins.build`."""
+    return plugins.build("detector", name, options)
 
 
 def describe(entry: EntryPoint) -> tuple[str, str]:

@@ -21,10 +21,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from filelock import FileLock, Timeout
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from ..errors import RunError
 from .schema import FORMAT, Manifest, Row
@@ -161,21 +161,10 @@ class Run:
         return self.manifest
 
     def _read_manifest(self) -> Manifest:
-        path = self.folder / "run.json"
-        try:
-            content = json.loads(path.read_bytes())
-        except (FileNotFoundError, NotADirectoryError):
-            raise RunError(f"{self.folder} holds no run (no run.json); give the folder that an audit wrote.") from None
-        except (OSError, ValueError, RecursionError) as e:
-            raise RunError(f"{path} cannot be read ({e}); restore it, or start over in a new folder.") from e
-        if isinstance(content, dict) and isinstance(content.get("format"), int) and content["format"] > FORMAT:
-            raise RunError(
-                f"{path} has format {content['format']}, and this version reads up to {FORMAT}; update mnemoscope."
-            )
-        try:
-            return Manifest.model_validate(content)
-        except ValidationError as e:
-            raise RunError(f"{path} is not a manifest ({_first(e)}); restore it, or start over in a new folder.") from e
+        missing = f"{self.folder} holds no run (no run.json); give the folder that an audit wrote."
+        return read_document(
+            self.folder / "run.json", Manifest, FORMAT, missing, "not a manifest", "start over in a new folder"
+        )
 
     # The rows -------------------------------------------------------------------------------------------------------------
 
@@ -635,6 +624,39 @@ def write_all(file: int, data: bytes) -> None:
 
 def _pretty(manifest: Manifest) -> bytes:
     return (manifest.model_dump_json(indent=2) + "\n").encode()
+
+
+_Document = TypeVar("_Document", bound=BaseModel)
+
+
+def read_document(path: Path, kind: type[_Document], newest: int, missing: str, wrong: str, cure: str) -> _Document:
+    """A JSON document that says how a folder is to be read.
+
+    Args:
+        path: The file.
+        kind: What it holds.
+        newest: The latest ``format`` that this version reads.
+        missing: The sentence where there is no such file.
+        wrong: What to call a file that holds something else.
+        cure: What to do, besides restoring it.
+
+    Raises:
+        RunError: it is missing, cannot be read, is of a later format, or holds something else.
+    """
+    try:
+        content = json.loads(path.read_bytes())
+    except (FileNotFoundError, NotADirectoryError):
+        raise RunError(missing) from None
+    except (OSError, ValueError, RecursionError) as e:
+        raise RunError(f"{path} cannot be read ({e}); restore it, or {cure}.") from e
+    if isinstance(content, dict) and isinstance(content.get("format"), int) and content["format"] > newest:
+        raise RunError(
+            f"{path} has format {content['format']}, and this version reads up to {newest}; update mnemoscope."
+        )
+    try:
+        return kind.model_validate(content)
+    except ValidationError as e:
+        raise RunError(f"{path} is {wrong} ({_first(e)}); restore it, or {cure}.") from e
 
 
 def _first(error: ValidationError) -> str:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from importlib.metadata import entry_points
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 from ..errors import UnknownName, UsageError
+from ..plugins import installed
 from ..records.store import Run, differences
 from .findings import Finding
 from .summary import Summary, read_summary
@@ -153,10 +153,10 @@ def _scored(folder: Path, detector: str) -> Summary | None:
     try:
         return read_summary(folder, detector=detector)
     except UnknownName as e:
-        installed = {entry.name for entry in entry_points(group="mnemoscope.detectors")}
-        if detector in installed:
+        detectors = installed("detector")
+        if detector in detectors:
             return None
-        raise UnknownName(e.kind, detector, {*e.known, *installed}) from None
+        raise UnknownName(e.kind, detector, {*e.known, *detectors}) from None
 
 
 def _uncalibrated(summary: Summary) -> str | None:

@@ -225,8 +225,8 @@ def read_summary(folder: str | Path, *, detector: str | None = None) -> Summary:
         UnknownName: the run has no such score.
     """
     run = Run(folder)
-    thresholds = _load(run.folder / "thresholds.json", Thresholds.model_validate_json)
-    baseline = _load(run.folder / "controls.json", Baseline.parse)
+    thresholds = read_part(run.folder / "thresholds.json", Thresholds.model_validate_json)
+    baseline = read_part(run.folder / "controls.json", Baseline.parse)
     return summarize(_Rows(run), run.manifest, thresholds, baseline, detector=detector, name=run.folder.resolve().name)
 
 
@@ -434,7 +434,7 @@ def _finite(value: Any) -> Any:
     return [_finite(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
-def _load(path: Path, read: Callable[[bytes], Any]) -> Any:
+def read_part(path: Path, read: Callable[[bytes], Any]) -> Any:
     """What a file of the run holds, or None where there is no such file."""
     if not path.exists():
         return None

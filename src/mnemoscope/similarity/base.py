@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
-from ..errors import UnknownName, UsageError
+from .. import plugins
 
-__all__ = ["DEFAULT", "Descriptor", "Match", "Pictures", "Vectors", "build", "installed", "matched"]
+__all__ = ["DEFAULT", "Descriptor", "Match", "Pictures", "Vectors", "build", "matched"]
 
 Pictures: TypeAlias = Float[Tensor, "batch 3 height width"]
 """RGB in [0, 1]."""
@@ -73,29 +71,6 @@ def matched(reference: str, similarity: float, descriptor: str, threshold: float
     return Match(reference, round(similarity, 6), descriptor, threshold, found)
 
 
-def installed() -> dict[str, EntryPoint]:
-    """Descriptors by name, ours and plugins'; none is imported."""
-    return {entry.name: entry for entry in entry_points(group="mnemoscope.descriptors")}
-
-
 def build(name: str, options: Mapping[str, Any] | None = None) -> Descriptor:
-    """A descriptor from plain values, as an index's manifest holds them.
-
-    Raises:
-        UnknownName: no descriptor, or no option of it, has this name; the nearest one is suggested.
-        UsageError: a value that the descriptor refuses.
-    """
-    known = installed()
-    if name not in known:
-        raise UnknownName("descriptor", name, known)
-    make = known[name].load()
-    accepted = list(inspect.signature(make).parameters)
-    for option in options or {}:
-        if option not in accepted:
-            raise UnknownName(f"option of descriptor {name}", option, accepted)
-    try:
-        return make(**(options or {}))
-    except (TypeError, ValueError) as e:
-        raise UsageError(
-            f"descriptor {name} does not take {dict(options or {})} ({e}); see `mnemoscope ls descriptors`."
-        ) from e
+    """A descriptor from plain values, as an index's manifest holds them: :func:`mnemoscope.plugins.build`."""
+    return plugins.build("descriptor", name, options)

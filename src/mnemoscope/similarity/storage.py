@@ -13,7 +13,6 @@ written, and on the disk, before their rows.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from array import array
 from collections import Counter
@@ -27,11 +26,11 @@ import numpy as np
 from filelock import FileLock, Timeout
 from jaxtyping import Bool, Float
 from PIL import Image
-from pydantic import ConfigDict, Field, ValidationError
+from pydantic import ConfigDict, Field
 
 from ..errors import RunError
 from ..records.schema import Record
-from ..records.store import explained, in_use, sound_lines, write_all, write_whole
+from ..records.store import explained, in_use, read_document, sound_lines, write_all, write_whole
 from .reading import Source, picture_of, reopened
 
 __all__ = [
@@ -242,25 +241,8 @@ class IndexFolder:
         return cls(folder)
 
     def _read_manifest(self) -> IndexManifest:
-        path = self.folder / MANIFEST
-        try:
-            content = json.loads(path.read_bytes())
-        except (FileNotFoundError, NotADirectoryError):
-            raise RunError(
-                f"{self.folder} holds no index (no {MANIFEST}); make one with `mnemoscope index build`."
-            ) from None
-        except (OSError, ValueError, RecursionError) as e:
-            raise RunError(f"{path} cannot be read ({e}); restore it, or build the index anew.") from e
-        if isinstance(content, dict) and isinstance(content.get("format"), int) and content["format"] > FORMAT:
-            raise RunError(
-                f"{path} has format {content['format']}, and this version reads up to {FORMAT}; update mnemoscope."
-            )
-        try:
-            return IndexManifest.model_validate(content)
-        except ValidationError as e:
-            first = e.errors(include_url=False)[0]
-            where = ".".join(map(str, first["loc"])) or "content"
-            raise RunError(f"{path} is no index ({where}: {first['msg']}); restore it, or build the index anew.") from e
+        missing = f"{self.folder} holds no index (no {MANIFEST}); make one with `mnemoscope index build`."
+        return read_document(self.folder / MANIFEST, IndexManifest, FORMAT, missing, "no index", "build the index anew")
 
     def update(self, **changes: Any) -> None:
         """Change fields of the manifest on disk."""

@@ -23,7 +23,7 @@ from pydantic import ValidationError
 from ..errors import MnemoscopeError, RunError, UnknownName, UsageError
 from ..records.schema import Manifest, Nearest, Row, Score, Thresholds
 from ..records.store import Run, digest
-from ..report.summary import Finding, Summary, _load, summarize
+from ..report.summary import Finding, Summary, read_part, summarize
 
 __all__ = ["Entry", "Library", "Line", "Snapshot"]
 
@@ -555,7 +555,7 @@ class _Reader:
     def _make(self, run: Run, version: str) -> Snapshot:
         columns = self._columns
         ids = list(columns.at)
-        thresholds = _load(self.folder / "thresholds.json", Thresholds.model_validate_json)
+        thresholds = read_part(self.folder / "thresholds.json", Thresholds.model_validate_json)
         summary = summarize(_Light(columns, ids), run.manifest, thresholds, name=self.folder.name)
         findings = {(f.prompt_id, f.prompt): f for f in summary.findings}
         members: dict[tuple[str, str], list[int]] = {}
