@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from ..errors import UnknownName, UsageError
 from ..plugins import options_of
-from ..records.store import digest
+from ..records.store import digest, short
 from .prompts import Columns, Prompt, PromptSet, read_prompts
 
 __all__ = ["AuditConfig", "DetectorSpec", "PromptSource"]
@@ -270,7 +270,7 @@ def _sentence(error: ValidationError) -> UsageError:
         return UsageError(f"{key} is missing; write, for instance, `{key}: magnitude`.")
     extra = field.json_schema_extra if field is not None else None
     allowed = extra["allowed"] if isinstance(extra, dict) else "a text"
-    return UsageError(f"{key} is {_value(first['input'])}, and must be {allowed}.")
+    return UsageError(f"{key} is {short(repr(first['input']))}, and must be {allowed}.")
 
 
 PARTS: dict[str, type[_Settings]] = {"prompts": PromptSource, "detectors": DetectorSpec}
@@ -291,8 +291,3 @@ def _find(path: list[str]) -> tuple[type[_Settings], Any, str]:
         key.append(part)
         holder = PARTS.get(part, holder)
     return holder, field, ".".join(key)
-
-
-def _value(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:59]}…"

@@ -80,23 +80,22 @@ def gate(
 
 
 def _material(policy: Policy, runs: Sequence[Path], beside: Path) -> Material:
+    from ..report.audited import read_audited
     from ..report.gate import Material
 
     names = policy.detectors
-    leaks = {rule.leaks: _leaks(beside / rule.leaks) for rule in policy.rules if rule.leaks is not None}
-    baselines = {
-        rule.baseline: _read(policy, [beside / rule.baseline], names)
-        for rule in policy.rules
-        if rule.baseline is not None
-    }
-    return Material(_read(policy, runs, names), baselines, leaks)
+    listed = dict.fromkeys(rule.leaks for rule in policy.rules if rule.leaks is not None)
+    earlier = dict.fromkeys(rule.baseline for rule in policy.rules if rule.baseline is not None)
+    leaks = {name: _leaks(beside / name) for name in listed}
+    baselines = {name: read_audited([beside / name], names) for name in earlier}  # whose clusters no rule asks for
+    return Material(_judged(policy, runs, names), baselines, leaks)
 
 
-def _read(policy: Policy, folders: Sequence[Path], detectors: Collection[str]) -> Audited:
+def _judged(policy: Policy, runs: Sequence[Path], detectors: Collection[str]) -> Audited:
     from ..report.audited import read_audited
 
     near = policy.clusters == "near-duplicates" and any(rule.bounded for rule in policy.rules)
-    return read_audited(folders, detectors, _clusters if near else None)
+    return read_audited(runs, detectors, _clusters if near else None)
 
 
 def _clusters(prompts: Sequence[str]) -> list[int]:
@@ -175,7 +174,7 @@ def _self_test(policy: Policy, runs: Sequence[Path], *, as_json: bool) -> int:
     """Try the policy on a run of the bundled model, or on a run that the user knows to be bad."""
     from ..report.trial import try_out
 
-    trial = try_out(policy, _read(policy, runs or [_bundled()], ()), date.today())
+    trial = try_out(policy, _judged(policy, runs or [_bundled()], ()), date.today())
     _show(trial, as_json=as_json)
     for check in trial.silent:
         screen.say(f"Note: rule {check.name!r} does not fail there: {check.sentence}")

@@ -112,6 +112,11 @@ class Manifest(Record):
     doses: dict[str, int] = Field(default_factory=dict)
     """How often a picture of each group was in training, where that is known (the bundled world)."""
 
+    @property
+    def model(self) -> str:
+        """What to call the model in sentences."""
+        return str(self.target.get("name") or self.config.get("model") or "the model")
+
 
 class Thresholds(Record):
     """``thresholds.json``: scores of ordinary prompts of one model under one setting, and what follows from them."""

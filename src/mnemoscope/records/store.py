@@ -18,8 +18,9 @@ import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -32,7 +33,17 @@ from .schema import FORMAT, Manifest, Row
 if TYPE_CHECKING:
     import pyarrow
 
-__all__ = ["Run", "Tally", "Writer", "differences", "digest", "free_folder", "sample_id", "write_whole"]
+__all__ = [
+    "Run",
+    "Tally",
+    "Writer",
+    "differences",
+    "digest",
+    "free_folder",
+    "known_differences",
+    "sample_id",
+    "write_whole",
+]
 
 
 def digest(value: Any) -> str:
@@ -63,7 +74,13 @@ def differences(stored: Any, asked: Any, path: str = "") -> list[str]:
         return [d for k in keys for d in differences(stored.get(k), asked.get(k), f"{path}.{k}" if path else k)]
     # Through JSON, so that a tuple equals the list it becomes on disk.
     was, now = (json.dumps(v, sort_keys=True, default=str) for v in (stored, asked))
-    return [] if was == now else [f"{path}: was {_short(was)}, now {_short(now)}"]
+    return [] if was == now else [f"{path}: was {short(was)}, now {short(now)}"]
+
+
+def known_differences(stored: Mapping[str, Any], asked: Mapping[str, Any]) -> list[str]:
+    """The same, of what both sides say: a value that either lacks is not held against it."""
+    both = [k for k, value in asked.items() if value is not None and stored.get(k) is not None]
+    return differences({k: stored[k] for k in both}, {k: asked[k] for k in both})
 
 
 def free_folder(folder: str | Path) -> Path:
@@ -78,6 +95,9 @@ def free_folder(folder: str | Path) -> Path:
 
 ROWS = re.compile(r"samples(?:-(\d+))?\.jsonl")
 """Names of the files that hold rows."""
+
+TOGETHER = 1024
+"""Rows that are copied in one write."""
 
 JUDGED_BY = ("thresholds*.json", "controls.json")
 """Files of a run that its rows are judged by."""
@@ -264,12 +284,13 @@ class Run:
     # Several folders ------------------------------------------------------------------------------------------------------
 
     @classmethod
-    def merge(cls, folder: str | Path, runs: Sequence[Run]) -> Run:
+    def merge(cls, folder: str | Path, runs: Sequence[Run], *, images: bool = True) -> Run:
         """One run from several folders with the same settings, such as shards that were made on several machines.
 
         Args:
             folder: A new folder.
             runs: The runs; where two hold the same sample, the first that is ok counts.
+            images: Whether their pictures are copied too.
 
         Returns:
             The new run. It keeps the files that all parts are judged by, and what is left open is counted anew.
@@ -293,9 +314,10 @@ class Run:
             write_whole(merged.folder / name, content)
         for i, run in enumerate(runs):
             with Writer(merged, i) as out:
-                for line in run._winners():
-                    out.append_lines(line.raw)
-            if (run.folder / "images").is_dir():
+                winners = run._winners()
+                while lines := list(islice(winners, TOGETHER)):
+                    out.append_lines(b"".join(line.raw for line in lines))
+            if images and (run.folder / "images").is_dir():
                 with explained(merged.folder):
                     shutil.copytree(run.folder / "images", merged.folder / "images", dirs_exist_ok=True)
         tally = merged.tally()
@@ -381,27 +403,21 @@ class Writer:
     def __init__(self, run: Run, shard: int | None = None):
         self.run = run
         self.path = run.folder / ("samples.jsonl" if shard is None else f"samples-{shard}.jsonl")
-        self._lock = FileLock(run.folder / f".lock-{self.path.stem}", timeout=0)
 
     def __enter__(self) -> Writer:
-        try:
-            self._lock.acquire()
-        except Timeout:
-            raise in_use(self.run.folder) from None
-        try:
+        with ExitStack() as held:
+            held.enter_context(_sole_writer(self.path, wait=0.0))
             with explained(self.run.folder):
                 self.path.touch()
                 self._end = max((line.end for line in sound_lines(self.path)), default=0)
                 self._file = os.open(self.path, os.O_WRONLY | os.O_APPEND)
+                held.callback(os.close, self._file)
                 os.ftruncate(self._file, self._end)  # a torn line of the process before us
-        except BaseException:
-            self._lock.release()
-            raise
+            self._held = held.pop_all()
         return self
 
     def __exit__(self, *_: object) -> None:
-        os.close(self._file)
-        self._lock.release()
+        self._held.close()
 
     def append(self, rows: Sequence[Row]) -> None:
         """Append rows, in one write, and wait until the disk has them."""
@@ -574,7 +590,7 @@ def in_use(folder: Path) -> RunError:
 
 @contextmanager
 def _sole_writer(path: Path, wait: float) -> Iterator[None]:
-    """Hold the lock of a file of rows, as a :class:`Writer` does."""
+    """Hold the lock of a file of rows; whoever does is the only one to write it."""
     try:
         with FileLock(path.parent / f".lock-{path.stem}", timeout=wait):
             yield
@@ -664,5 +680,6 @@ def _first(error: ValidationError) -> str:
     return f"{'.'.join(map(str, found['loc'])) or 'content'}: {found['msg']}"
 
 
-def _short(text: str, limit: int = 60) -> str:
+def short(text: str, limit: int = 60) -> str:
+    """The text, cut with an ellipsis where it is longer."""
     return text if len(text) <= limit else f"{text[: limit - 1]}…"

@@ -214,7 +214,7 @@ def _joined(folders: Sequence[Path]) -> Iterator[Path]:
         yield runs[0].folder
         return
     with TemporaryDirectory() as folder:
-        yield Run.merge(Path(folder) / "merged", runs).folder
+        yield Run.merge(Path(folder) / "merged", runs, images=False).folder
 
 
 def _asked(run: Run) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import numpy as np
 from .. import stats
 from ..errors import UnknownName
 from ..records.schema import Manifest, Nearest, Row, Thresholds
-from ..records.store import differences
+from ..records.store import known_differences
 from ..records.table import PromptScore
 from .words import percent, reference
 
@@ -240,9 +240,7 @@ def other_setting(thresholds: Thresholds | None, manifest: Manifest) -> list[str
     own = manifest.setting | {"window": options.pop("window", None), "seeds": manifest.config.get("seeds")}
     own |= {"method": {**method, "options": options} if method else None}
     # Either side may not say: runs and calibrations of earlier versions, and a bank where prompts have their own noises.
-    both = {k for k, v in own.items() if v is not None and thresholds.setting.get(k) is not None}
-    found = differences({k: thresholds.setting[k] for k in both}, {k: own[k] for k in both})
-    return list(dict.fromkeys([*manifest.accepted, *found]))
+    return list(dict.fromkeys([*manifest.accepted, *known_differences(thresholds.setting, own)]))
 
 
 def rounding_of(manifest: Manifest, thresholds: Thresholds | None) -> float:

@@ -13,7 +13,7 @@ from datetime import date
 from functools import cached_property
 
 from .. import stats
-from ..records.store import differences
+from ..records.store import known_differences
 from .audited import Audited, Case
 from .policy import Policy, Requires, Rule, Waiver, least_prompts
 from .verdict import Call, Check, Status, Verdict
@@ -175,8 +175,7 @@ def _change(rule: Rule, call: Call, before: Case | None, baseline: str, apart: s
 def _apart(rule: Rule, audited: Audited, baseline: Audited) -> str:
     """In what two audits differ, besides the model; what either does not say is not held against it."""
     mine, theirs = (a.conditions.get(rule.subject, {}) for a in (audited, baseline))
-    both = [k for k in mine if mine[k] is not None and theirs.get(k) is not None]
-    return "; ".join(differences({k: theirs[k] for k in both}, {k: mine[k] for k in both})[:2])
+    return "; ".join(known_differences(theirs, mine)[:2])
 
 
 @dataclass(frozen=True)

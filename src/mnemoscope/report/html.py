@@ -25,7 +25,7 @@ from . import plots
 from .findings import Finding
 from .pictures import Picture, Pictures
 from .summary import Group, Summary, read_summary
-from .words import percent, printable
+from .words import NO_GROUP, percent, printable
 
 __all__ = ["write_json", "write_markdown", "write_report"]
 
@@ -188,7 +188,7 @@ def _facts(folder: Path, detector: str | None) -> dict[str, Any]:
     run = summary.manifest
     return {
         "summary": summary,
-        "model": str(run.target.get("name") or run.config.get("model") or "the model"),
+        "model": run.model,
         "axis": f"score ({summary.detector}{', ' + summary.space + '-space' if summary.space else ''})",
         "hashes": {p.name: _sha256(p) for p in _evidence_files(folder)},
         "target": _flat(run.target),
@@ -297,7 +297,7 @@ def _parts(summary: Summary) -> list[tuple[str, list[Finding]]]:
 
 
 def _name(finding: Finding) -> str:
-    return finding.group or "(no group)"
+    return finding.group or NO_GROUP
 
 
 def _scores(findings: Any) -> list[float]:

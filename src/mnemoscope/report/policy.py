@@ -24,6 +24,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from .. import stats
 from ..errors import UnknownName, UsageError
+from ..records.store import short
 from .words import Number, prompts
 
 __all__ = ["LIMITS", "Policy", "Requires", "Rule", "Waiver", "least_prompts"]
@@ -269,7 +270,7 @@ def _sentence(error: ValidationError, content: dict[str, Any]) -> UsageError:
     place, key = _place(path, content), str(path[-1])
     says = first["msg"].replace("Input should", "it should").removeprefix("Value error, ")
     if isinstance(path[-1], int):  # the whole rule or waiver
-        return UsageError(f"{place} is {_short(first['input'])}; write it as `key: value` pairs.")
+        return UsageError(f"{place} is {short(repr(first['input']))}; write it as `key: value` pairs.")
     if first["type"] == "extra_forbidden":
         return UnknownName(f"key of {place}", key, [f.alias or name for name, f in holder.model_fields.items()])
     if first["type"] == "missing":
@@ -277,7 +278,7 @@ def _sentence(error: ValidationError, content: dict[str, Any]) -> UsageError:
     hint = (
         " (put it in quotes)" if first["type"] == "string_type" and not isinstance(first["input"], (dict, list)) else ""
     )
-    return UsageError(f"{place}: {key} is {_short(first['input'])}; {says}{hint}.")
+    return UsageError(f"{place}: {key} is {short(repr(first['input']))}; {says}{hint}.")
 
 
 def _place(path: list[Any], content: dict[str, Any]) -> str:
@@ -287,8 +288,3 @@ def _place(path: list[Any], content: dict[str, Any]) -> str:
         named = next((item[k] for k in ("name", "id") if isinstance(item, dict) and k in item), None)
         return f"{path[0].removesuffix('s')} {path[1] + 1}" + (f" ({named!r})" if named is not None else "")
     return "requires" if path[0] == "requires" and len(path) > 1 else "the policy"
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:59]}…"

@@ -23,7 +23,7 @@ from ..records.table import prompt_scores
 from .discrimination import Baseline, Discrimination, discriminations
 from .findings import Finding, Share, findings_of, gather, other_setting, rounding_of, seeds_of, seeds_to_judge
 from .limits import untested
-from .words import expected, percent, prompts, verb
+from .words import NO_GROUP, expected, percent, prompts, verb
 
 __all__ = ["Figure", "Finding", "Group", "Share", "Summary", "read_summary", "summarize"]
 
@@ -404,7 +404,7 @@ def _group(name: str | None, members: Sequence[Finding], doses: Mapping[str, int
     scores = [f.score for f in members if f.score is not None]
     middle = float(np.median(scores)) if scores else None
     dose = None if name is None else doses.get(name)
-    return Group(name or "(no group)", len(members), middle, _above(members), _copies(members), dose)
+    return Group(name or NO_GROUP, len(members), middle, _above(members), _copies(members), dose)
 
 
 # Plain values -------------------------------------------------------------------------------------------------------------

@@ -8,6 +8,9 @@ from typing import TypeAlias
 Number: TypeAlias = float | int
 """A number as callers have it."""
 
+NO_GROUP = "(no group)"
+"""What prompts without a group are called together."""
+
 # Characters that XML 1.0 cannot carry at all, and lone surrogates, which UTF-8 cannot.
 _UNPRINTABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
 

@@ -40,6 +40,9 @@ __all__ = ["create_app", "serve"]
 SIDE = 512
 """Longest side of the pictures on a sample's page, in pixels."""
 
+THUMB = 128
+"""The same, of the other seeds' thumbnails."""
+
 SEEDS = 24
 """How many seeds of its prompt a sample's page shows."""
 
@@ -161,7 +164,7 @@ class _Pages:
             run.version,
             run.manifest.status == "running",
             run=run,
-            model=_model(run),
+            model=run.manifest.model,
             query=query,
             page=page,
             others=[name for name in self.library.names() if name != run.name],
@@ -171,9 +174,11 @@ class _Pages:
     def sample(self, request: Request) -> Response:
         """One sample: pictures, scores over the steps, the other seeds of its prompt, the whole record."""
         name, query = request.path_params["run"], Query.parse(request.query_params)
-        opened = self._open(name, request.query_params.get("id", ""), SIDE)
+        opened = self._open(name, request.query_params.get("id", ""))
         row, run = opened.row, self.library.run(name)
-        others = [self._open(name, id, 128) for _, id in run.seeds[row.prompt_id, row.prompt][:SEEDS]]
+        seeds, pictures = run.seeds[row.prompt_id, row.prompt], Pictures(run.folder)
+        rows = [self.library.sample(name, id) for _, id in seeds[:SEEDS]]
+        others = [_Opened(o, opened.finding, pictures.generated(_shot(o), THUMB), None) for o in rows]
         return self._page(
             request,
             "sample",
@@ -183,9 +188,9 @@ class _Pages:
             query=query,
             opened=opened,
             others=others,
-            seeds=len(run.seeds[row.prompt_id, row.prompt]),
+            seeds=len(seeds),
             place=listing.place(run, query, row.id, (row.prompt_id, row.prompt)),
-            figure=_steps(run, row, [o.row for o in others]),
+            figure=_steps(run, row, rows),
             record=json.dumps(row.model_dump(mode="json", exclude_none=True), indent=2, ensure_ascii=False),
         )
 
@@ -200,7 +205,7 @@ class _Pages:
             any(run.manifest.status == "running" for run in runs),
             a=a,
             b=b,
-            views=[_View(f"run{i + 1}", r.name, r.summary, {"model": _model(r)}) for i, r in enumerate(runs)],
+            views=[_View(f"run{i + 1}", r.name, r.summary, {"model": r.manifest.model}) for i, r in enumerate(runs)],
             query=query,
             page=listing.compared(a, b, query),
             differences=differences(a.manifest.setting, b.manifest.setting),
@@ -213,7 +218,7 @@ class _Pages:
         if len(ids) != 2 or not any(ids):
             raise UsageError(f"{len(ids)} samples were named; a pair is two, of which one may be empty.")
         query = Query.parse(request.query_params).at(("run", names[0]), ("run", names[1]))
-        opened = [self._open(name, id, SIDE) if id else None for name, id in zip(names, ids, strict=True)]
+        opened = [self._open(name, id) if id else None for name, id in zip(names, ids, strict=True)]
         runs = a, b = [self.library.run(name) for name in names]
         return self._page(
             request,
@@ -271,21 +276,20 @@ class _Pages:
             raise UsageError(f"{len(names)} runs were named; mark the two that should be compared.")
         return names
 
-    def _open(self, name: str, id: str, side: int) -> _Opened:
+    def _open(self, name: str, id: str) -> _Opened:
         row = self.library.sample(name, id)
         run = self.library.run(name)  # after the row, so that it knows of it
         pictures = Pictures(run.folder)
-        shot = Shot(row.seed, None, row.image, row.nearest)
-        near = None if row.nearest is None else pictures.reference(row.nearest, side)
-        return _Opened(row, run.findings[row.prompt_id, row.prompt], pictures.generated(shot, side), near)
+        near = None if row.nearest is None else pictures.reference(row.nearest, SIDE)
+        return _Opened(row, run.findings[row.prompt_id, row.prompt], pictures.generated(_shot(row), SIDE), near)
+
+
+def _shot(row: Row) -> Shot:
+    return Shot(row.seed, None, row.image, row.nearest)
 
 
 def _encoded(page: str) -> bytes:
     return page.encode("utf-8", errors="replace")
-
-
-def _model(run: Snapshot) -> str:
-    return str(run.manifest.target.get("name") or run.manifest.config.get("model") or "the model")
 
 
 def _steps(run: Snapshot, row: Row, others: Sequence[Row]) -> Markup | None:

@@ -9,6 +9,7 @@ from typing import Any, Generic, TypeVar
 from urllib.parse import urlencode
 
 from ..errors import UnknownName, UsageError
+from ..report.words import NO_GROUP
 from .reading import Line, Snapshot
 
 __all__ = ["Page", "Pair", "Place", "Query", "compared", "groups", "listed", "place", "place_of_pair"]
@@ -16,7 +17,6 @@ __all__ = ["Page", "Pair", "Place", "Query", "compared", "groups", "listed", "pl
 SIZE = 100
 """Lines on a page."""
 
-NO_GROUP = "(no group)"
 
 T = TypeVar("T")
 
@@ -189,9 +189,20 @@ def groups(*runs: Snapshot) -> list[str]:
 
 
 def _chosen(lines: Iterable[Line], query: Query) -> list[Line]:
-    keep = _named("filter", SHOW, query.show)
+    return _picked(lines, query, SHOW, SORT, lambda line: line)
+
+
+def _picked(
+    items: Iterable[T],
+    query: Query,
+    show: Mapping[str, Callable[[T], bool]],
+    sort: Mapping[str, Callable[[T], Any]],
+    line_of: Callable[[T], Line],
+) -> list[T]:
+    """What the query asks for, in its order; words and group are looked for in ``line_of`` an item."""
+    keep = _named("filter", show, query.show)
     words = query.q.casefold().split()
-    return _ordered([line for line in lines if keep(line) and _fits(line, query.group, words)], query.sort, SORT)
+    return _ordered([x for x in items if keep(x) and _fits(line_of(x), query.group, words)], query.sort, sort)
 
 
 def _fits(line: Line, group: str, words: Sequence[str]) -> bool:
@@ -295,10 +306,7 @@ def place_of_pair(a: Snapshot, b: Snapshot, query: Query, ids: tuple[str, str]) 
 
 
 def _chosen_pairs(pairs: Iterable[Pair], query: Query) -> list[Pair]:
-    keep = _named("filter", SHOW_PAIRS, query.show)
-    words = query.q.casefold().split()
-    found = [pair for pair in pairs if keep(pair) and _fits(pair.either, query.group, words)]
-    return _ordered(found, query.sort, SORT_PAIRS)
+    return _picked(pairs, query, SHOW_PAIRS, SORT_PAIRS, lambda pair: pair.either)
 
 
 def _pairs(first: Sequence[Line], second: Sequence[Line]) -> list[Pair]:

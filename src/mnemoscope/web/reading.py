@@ -12,7 +12,7 @@ import threading
 import time
 from array import array
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from io import BufferedReader
 from pathlib import Path
@@ -67,7 +67,6 @@ class Line:
     prompt_id: str
     prompt: str
     group: str | None
-    label: bool | None
     seed: int | None
     seeds: int
     failed: int
@@ -78,7 +77,6 @@ class Line:
     compared: int
     similarity: float | None
     reference: str | None
-    descriptor: str | None
     order: int
 
 
@@ -137,7 +135,7 @@ class Library:
         """Every run, the one that started last first, broken ones at the end."""
         found = self._find()
         with self._lock:
-            self._counts = {path: self._counts.get(path) or _Count(path) for path in found.values()}
+            self._counts = {path: self._counts.get(path) or _Count() for path in found.values()}
             entries = [_entry(name, path, self._counts[path]) for name, path in found.items()]
         return sorted(entries, key=lambda e: e.manifest.started if e.manifest else "", reverse=True)
 
@@ -207,7 +205,8 @@ def _name(path: Path) -> str:
 
 def _entry(name: str, folder: Path, count: _Count) -> Entry:
     try:
-        return Entry(name, Run(folder).manifest, count.now())
+        run = Run(folder)
+        return Entry(name, run.manifest, count.now(run.files()))
     except MnemoscopeError as e:
         return Entry(name, None, 0, str(e))
     except OSError as e:
@@ -302,13 +301,12 @@ class _Tail:
 class _Count:
     """How many lines the files of a run have, without reading any twice."""
 
-    def __init__(self, folder: Path):
-        self.folder = folder
+    def __init__(self) -> None:
         self._seen: dict[Path, tuple[_Stamp, int]] = {}
 
-    def now(self) -> int:
+    def now(self, files: Iterable[Path]) -> int:
         """Counted up to this moment."""
-        return sum(self._lines(path) for path in Run(self.folder).files())
+        return sum(map(self._lines, files))
 
     def _lines(self, path: Path) -> int:
         now, (before, lines) = _stamp(path), self._seen.get(path, (None, 0))
@@ -356,7 +354,7 @@ class _Columns:
 
     def __init__(self) -> None:
         self.at: dict[str, int] = {}
-        self.prompts: list[tuple[str, str, str | None, bool | None]] = []
+        self.prompts: list[tuple[str, str, str | None]] = []
         self._prompt_number: dict[tuple[str, str], int] = {}
         self.prompt = array("q")
         self.seed: list[int] = []
@@ -413,13 +411,13 @@ class _Columns:
         key = (row.prompt_id, row.prompt)
         if key not in self._prompt_number:
             self._prompt_number[key] = len(self.prompts)
-            self.prompts.append((*key, row.group, row.label))
+            self.prompts.append((*key, row.group))
         return self._prompt_number[key]
 
-    def rows(self, ids: list[str]) -> Iterator[Row]:
+    def __iter__(self) -> Iterator[Row]:
         """Rows with what a summary reads of them: no per-step values, no labels, no files."""
-        for i, id in enumerate(ids):
-            prompt_id, prompt, group, _ = self.prompts[self.prompt[i]]
+        for i, id in enumerate(self.at):
+            prompt_id, prompt, group = self.prompts[self.prompt[i]]
             scores = {
                 name: Score.model_construct(value=values[i], space=self.space[name], per_step=[])
                 for name, values in self.scores.items()
@@ -450,14 +448,13 @@ class _Columns:
 
     def line(self, i: int, id: str, detector: str | None) -> Line:
         """One sample."""
-        prompt_id, prompt, group, label = self.prompts[self.prompt[i]]
+        prompt_id, prompt, group = self.prompts[self.prompt[i]]
         near, ok, values = self._nearest(i), bool(self.ok[i]), self.scores.get(detector or "")
         return Line(
             id=id,
             prompt_id=prompt_id,
             prompt=prompt,
             group=group,
-            label=label,
             seed=self.seed[i],
             seeds=int(ok),
             failed=int(not ok),
@@ -468,19 +465,8 @@ class _Columns:
             compared=int(self.copy[i] >= 0),
             similarity=near.similarity if near else None,
             reference=near.reference if near else None,
-            descriptor=near.descriptor if near else None,
             order=i,
         )
-
-
-class _Light:
-    """Rows of columns, from the start each time."""
-
-    def __init__(self, columns: _Columns, ids: list[str]):
-        self.columns, self.ids = columns, ids
-
-    def __iter__(self) -> Iterator[Row]:
-        return self.columns.rows(self.ids)
 
 
 class _Reader:
@@ -556,7 +542,7 @@ class _Reader:
         columns = self._columns
         ids = list(columns.at)
         thresholds = read_part(self.folder / "thresholds.json", Thresholds.model_validate_json)
-        summary = summarize(_Light(columns, ids), run.manifest, thresholds, name=self.folder.name)
+        summary = summarize(columns, run.manifest, thresholds, name=self.folder.name)
         findings = {(f.prompt_id, f.prompt): f for f in summary.findings}
         members: dict[tuple[str, str], list[int]] = {}
         for i, number in enumerate(columns.prompt):
@@ -584,7 +570,6 @@ def _prompt_line(finding: Finding, columns: _Columns, ids: list[str], members: l
         prompt_id=finding.prompt_id,
         prompt=finding.prompt,
         group=finding.group,
-        label=columns.prompts[columns.prompt[members[0]]][3],
         seed=None,
         seeds=finding.seeds,
         failed=finding.failed,
@@ -595,6 +580,5 @@ def _prompt_line(finding: Finding, columns: _Columns, ids: list[str], members: l
         compared=finding.compared,
         similarity=best.similarity if best else None,
         reference=best.reference if best else None,
-        descriptor=best.descriptor if best else None,
         order=members[-1],
     )
