@@ -121,6 +121,15 @@ class _Table:
     rows: list[tuple[str, Mapping[str, Any]]]
 
 
+def read_rows(path: Path) -> list[Mapping[str, Any]]:
+    """The rows of any file that prompts could be read from, whatever their columns mean.
+
+    Raises:
+        UsageError: as for :func:`read_prompts`.
+    """
+    return [row for _, row in _read(path)[0].rows]
+
+
 def _read(path: Path) -> tuple[_Table, list[str]]:
     reader = READERS.get(path.suffix.lower())
     if not path.is_file():

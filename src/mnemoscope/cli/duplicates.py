@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -135,10 +133,10 @@ def _show_clusters(index: IndexFolder, clusters: Clusters, worst: list[dict[str,
 def _joined(index: IndexFolder, clusters: Clusters, folder: Path, captions: Path | None) -> Exposure:
     from ..records.schema import Thresholds
     from ..records.store import Run
+    from ..report.summary import read_part
     from ..similarity.duplicates import by_cluster_size, memberships
 
-    run, file = Run(folder), folder / "thresholds.json"
-    judged = Thresholds.model_validate_json(file.read_bytes()) if file.is_file() else None
+    run, judged = Run(folder), read_part(folder / "thresholds.json", Thresholds.model_validate_json)
     if judged is None:
         screen.say(f"Not tested: {folder} has no thresholds.json, so no caption is above a threshold.")
     return by_cluster_size(
@@ -152,19 +150,12 @@ def _joined(index: IndexFolder, clusters: Clusters, folder: Path, captions: Path
 
 def _pictures_of(path: Path) -> dict[str, list[str]]:
     """Caption → ids of its pictures, from the metadata file that a folder of pictures has for ``datasets``."""
+    from ..audit.prompts import read_rows  # brings no torch
+
     if not path.is_file():
         raise UsageError(f"{path} does not exist; name a JSONL or CSV file of captions.")
-    lines = path.read_text(encoding="utf-8-sig").splitlines()
-    try:
-        rows = (
-            list(csv.DictReader(lines))
-            if path.suffix.lower() == ".csv"
-            else [json.loads(x) for x in lines if x.strip()]
-        )
-    except (ValueError, csv.Error) as e:
-        raise UsageError(f"{path} cannot be read ({e}); write one JSON object per line, or CSV.") from e
     found: dict[str, list[str]] = {}
-    for number, row in enumerate(rows, 1):
+    for number, row in enumerate(read_rows(path), 1):
         name = next((row[k] for k in ("file_name", "id") if row.get(k) is not None), None)
         text = next((row[k] for k in ("text", "caption", "prompt") if row.get(k) is not None), None)
         if name is None or text is None:
@@ -195,7 +186,7 @@ def _show_exposure(exposure: Exposure) -> None:
 
 
 def _share(share: Share | None) -> str:
-    return "not tested" if share is None else f"{share.k}/{share.n}  {screen.interval(share.interval)}"
+    return "not tested" if share is None else f"{share.k}/{share.n}  {share.interval}"
 
 
 def _plain(exposure: Exposure) -> dict[str, Any]:

@@ -192,10 +192,6 @@ def _bundled() -> Path:
     screen.say(f"Auditing the bundled model into {DEMO}; this takes a minute or two …")
     from ..demo.run import demo
 
-    try:
-        with screen.progress("demo") as progress:
-            demo(DEMO, progress=progress, say=screen.say)
-    except KeyboardInterrupt as e:
-        screen.fail(str(e) or "stopped; the same command continues")
-        raise typer.Exit(130) from None
+    with screen.stoppable(), screen.progress("demo") as progress:
+        demo(DEMO, progress=progress, say=screen.say)
     return DEMO

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
@@ -86,7 +85,8 @@ def build(
     )
     if different is not None:
         screen.say(f"Looking up {different} …")
-        index.calibrate(different, fmr=fmr)
+        with screen.stoppable(), quiet_pillow():
+            index.calibrate(different, fmr=fmr)
     show_index(index.files, as_json=as_json)
 
 
@@ -105,7 +105,7 @@ def query(
     screen.say(f"Opening {folder} …")
     from ..similarity.index import ReferenceIndex
 
-    with quiet_pillow():
+    with screen.stoppable(), quiet_pillow():
         index = ReferenceIndex(folder)
         answers = [answer for source in _together(pictures) for answer in index.query(source, k, workers=workers)]
     if as_json:
@@ -166,7 +166,7 @@ def build_index(
     if descriptor is None and IndexFolder.exists(out):
         record = IndexFolder(out).manifest.descriptor
         descriptor, options = record.maker, options or record.options
-    with screen.stoppable(), quiet_pillow(), _progress() as progress:
+    with screen.stoppable(), quiet_pillow(), screen.progress("index") as progress:
         return ReferenceIndex.build(
             source,
             out,
@@ -233,20 +233,3 @@ def quiet_pillow() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module=r"PIL\.")
         yield
-
-
-@contextmanager
-def _progress(every: float = 10.0) -> Iterator[Callable[[Any], None]]:
-    """As for an audit, but the end may not be known."""
-    last = time.monotonic()
-    with screen.progress("index") as show:
-
-        def update(p: Any) -> None:
-            nonlocal last
-            if p.asked is not None:
-                show(p)
-            elif time.monotonic() - last >= every:
-                last = time.monotonic()
-                screen.say(f"index: {p.done} pictures")
-
-        yield update

@@ -104,16 +104,9 @@ def show_summary(summary: Summary, *, most: int = 12) -> None:
         copies = "not tested" if g.copies is None else f"{g.copies.k}/{g.copies.n} with a copy found"
         print(f"  {g.name}: {above}, {copies}")
     for d in summary.discrimination:
-        print(
-            f"  {d.name}: AUC {interval(d.auc)}, TPR below 1 % FPR {interval(d.tpr)} ({d.positives} against {d.negatives} prompts)"
-        )
+        print(f"  {d.name}: AUC {d.auc}, TPR below 1 % FPR {d.tpr} ({d.positives} against {d.negatives} prompts)")
     for sentence in summary.untested:
         say(f"Note: {sentence}")
-
-
-def interval(value: Any) -> str:
-    """``0.98 [0.95, 1.00]``."""
-    return f"{value.value:.3f} [{value.low:.3f}, {value.high:.3f}]"
 
 
 @contextmanager
@@ -183,9 +176,13 @@ def _lines(what: str, every: float = 10.0) -> Iterator[Callable[[Any], None]]:
         nonlocal last
         if p.note:
             say(p.note)
-        if p.done >= p.asked or time.monotonic() - last >= every:
+        ended = p.asked is not None and p.done >= p.asked
+        if ended or time.monotonic() - last >= every:
             last = time.monotonic()
-            eta = "" if p.eta is None or p.done >= p.asked else f", {duration(p.eta)} left"
+            if p.asked is None:  # nobody knows where it will end
+                say(f"{what}: {p.done} pictures")
+                return
+            eta = "" if p.eta is None or ended else f", {duration(p.eta)} left"
             say(f"{what}: {p.done}/{p.asked} samples{eta}{', ' + _talk(p) if _talk(p) else ''}")
 
     yield update

@@ -255,7 +255,7 @@ class Run:
         for path in self.files():
             if not any(map(outdated, sound_lines(path))):
                 continue
-            with _sole_writer(path, wait=5.0), explained(self.folder), _whole(path) as half, open(half, "wb") as out:
+            with _sole_writer(path, wait=5.0), explained(self.folder), whole(path) as half, open(half, "wb") as out:
                 for line in sound_lines(path):
                     raw = line.raw
                     if outdated(line):
@@ -338,7 +338,7 @@ class Run:
         import pyarrow.parquet as pq
 
         schema = self._schema(lists=True)
-        with explained(Path(path).parent), _whole(Path(path)) as half, pq.ParquetWriter(half, schema) as out:
+        with explained(Path(path).parent), whole(Path(path)) as half, pq.ParquetWriter(half, schema) as out:
             for batch in self._record_batches(schema):
                 out.write_batch(batch)
         return Path(path)
@@ -348,7 +348,7 @@ class Run:
         from pyarrow import csv
 
         schema = self._schema(lists=False)
-        with explained(Path(path).parent), _whole(Path(path)) as half, csv.CSVWriter(half, schema) as out:
+        with explained(Path(path).parent), whole(Path(path)) as half, csv.CSVWriter(half, schema) as out:
             for batch in self._record_batches(schema):
                 out.write_batch(batch)
         return Path(path)
@@ -599,7 +599,7 @@ def _sole_writer(path: Path, wait: float) -> Iterator[None]:
 
 
 @contextmanager
-def _whole(path: Path) -> Iterator[str]:
+def whole(path: Path) -> Iterator[str]:
     """A path to write to; it becomes ``path`` only when all is written."""
     half = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -623,7 +623,7 @@ def write_whole(path: str | Path, data: bytes) -> Path:
 
 
 def _replace(path: Path, data: bytes) -> None:
-    with _whole(path) as half:
+    with whole(path) as half:
         file = os.open(half, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
         try:
             write_all(file, data)

@@ -89,12 +89,17 @@ class Clusters:
         return np.bincount(self.labels)
 
     @cached_property
+    def _starts(self) -> Labels:
+        """Where each cluster begins in ``_order``."""
+        return np.cumsum(self.sizes) - self.sizes
+
+    @cached_property
     def _order(self) -> Labels:
         return np.argsort(self.labels, kind="stable")
 
     def members(self, cluster: int) -> Labels:
         """The vectors of one cluster, ascending."""
-        start = int(self.sizes[:cluster].sum())
+        start = int(self._starts[cluster])
         return self.numbers[self._order[start : start + int(self.sizes[cluster])]]
 
     @property

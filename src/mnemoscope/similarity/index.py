@@ -10,7 +10,6 @@ holds a batch, what is decoded ahead, and a few bytes per picture; vectors are m
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -27,7 +26,7 @@ from torch import Tensor
 
 from ..errors import ModelFault, RunError, UsageError
 from ..models.identity import hash_file
-from ..records.store import differences, explained
+from ..records.store import differences, explained, whole
 from ..stats import least_ordinary, threshold_at_fpr
 from .base import DEFAULT, Descriptor, Match, Pictures, build, matched
 from .reading import Anything, Entry, Reading, Source, open_source, read
@@ -510,16 +509,11 @@ def _register(files: IndexFolder, source: Source, prefix: str) -> int:
 
 def _inverted(files: IndexFolder) -> dict[str, Any]:
     """Build or extend the inverted file; what it is, for the manifest."""
-    half = files.inverted.with_name(f".{files.inverted.name}.{os.getpid()}")
     try:
-        with explained(files.folder):
-            facts = build_inverted(files.vectors, half, files.inverted)
-            os.replace(half, files.inverted)
+        with explained(files.folder), whole(files.inverted) as half:
+            return build_inverted(files.vectors, Path(half), files.inverted)
     except RuntimeError as e:  # faiss' word for a disk that is full
         raise RunError(f"{files.inverted} cannot be written ({str(e)[:160]}); the rest of the index is sound.") from e
-    finally:
-        half.unlink(missing_ok=True)
-    return facts
 
 
 def _versions() -> dict[str, str]:
