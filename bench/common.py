@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import json
 import platform
+from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
-from mnemoscope import Target, denoise
-from mnemoscope.similarity.pixels import ReferenceSet
+from mnemoscope import Run, Target, denoise
+from mnemoscope.records.schema import Row
+from mnemoscope.similarity.reference import ReferenceSet
 
 DOCS = Path(__file__).parent.parent / "docs"
 
@@ -32,6 +37,15 @@ def sample(target: Target, noise: Tensor, prompts: list[str] | None = None, step
     for step in denoise(target, noise, cond, null, steps=steps):
         x = step.x_next
     return target.decode(x)
+
+
+def generated(run: Run, batch: int = 256) -> Iterator[tuple[list[Row], Tensor]]:
+    """The rows of a run that have a picture, and their pictures in [0, 1], some at a time."""
+    rows = iter([row for row in run.rows() if row.image])
+    while some := list(islice(rows, batch)):
+        files = [run.folder / str(row.image) for row in some]
+        pixels = np.stack([np.asarray(Image.open(f).convert("RGB"), np.float32) for f in files])
+        yield some, torch.from_numpy(pixels).permute(0, 3, 1, 2) / 255
 
 
 NULL_SAMPLES = 512

@@ -6,7 +6,7 @@ DDIM 50, 4 seeds, the guidance scale that the card recommends. Intervals: Cloppe
 families for AUC.
 A caption counts as reproduced if in at least 3 of 4 seeds the nearest of all training pictures is its own picture, more similar
 than 99 % of pairs of different pictures are. It counts as copied if that similarity is also above the one that the nearest of all
-training pictures to a *different* picture exceeds in 1 % of searches, which is what audits call a copy: among two thousand
+training pictures to a *different* picture exceeds in 5 % of searches, which is what audits call a copy: among two thousand
 pictures something is always rather similar.
 """
 
@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from common import DOCS, machine, markdown_table, null_copies, write_block
+from common import DOCS, generated, machine, markdown_table, null_copies, write_block
 from mnemoscope import AuditConfig, Run, World, load, run_audit, stats
 from mnemoscope.cli.screen import progress
 from mnemoscope.demo.run import group_name
@@ -44,8 +44,9 @@ def run_all(folder: Path, model: str, batch_size: int) -> tuple[Run, Run]:
     common = {"model": model, "seeds": SEEDS, "steps": STEPS, "guidance": target.guidance, "batch_size": batch_size}
     whole = {"name": "magnitude", "steps": STEPS}
     with progress("whole trajectories") as p:
+        # Without a reference set: pictures are looked up afterwards, so that another descriptor costs no new sampling.
         config = AuditConfig(**common, prompts=full, detectors=[whole], images=True, out=str(folder / "full"))
-        a = run_audit(config, target=target, reference=world.reference, progress=p)
+        a = run_audit(config, target=target, progress=p)
     with progress("first step, ordinary captions") as p:
         config = AuditConfig(**common, prompts=[item(r) for r in ordinary], out=str(folder / "first"))
         b = run_audit(config, target=target, progress=p)
@@ -102,7 +103,10 @@ def main() -> None:
     p.add_argument("--print", action="store_true", help="print instead of writing the model card")
     args = p.parse_args()
     full, first = run_all(args.folder, args.model, args.batch_size)
-    rows = list(full.rows())
+    matches = {}
+    for some, pictures in generated(full):
+        matches |= {row.id: match for row, match in zip(some, World().reference.nearest(pictures), strict=True)}
+    rows = [row.model_copy(update={"nearest": matches[row.id]}) for row in full.rows()]
     first_rows = list(first.rows())
     limit = pair_limit(World())
     copies = copied(rows, limit)
@@ -162,7 +166,7 @@ def main() -> None:
         f"Measured by `python bench/world.py` on {machine()}; guidance {facts['guidance']:g}, DDIM {STEPS}, {SEEDS} seeds, "
         f"similarities by {World().reference.name}. Reproduced: the nearest training picture is the caption's own, above "
         f"{limit:.3f}, which 99 % of pairs of different pictures stay below. Copied: above {World().reference.threshold:.3f}, "
-        "which the *nearest* training picture of different pictures stays below in 99 % of searches. Shares of captions with "
+        "which the *nearest* training picture of different pictures stays below in 95 % of searches. Shares of captions with "
         "95 % intervals.",
         markdown_table(["group", "reproduced in ≥ 3 of 4 seeds", "copied in ≥ 3 of 4", "copied in ≥ 1 of 4",
                         "any training picture copied in ≥ 1 of 4", "nearest is the own concept (share of samples)"], table),

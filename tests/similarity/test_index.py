@@ -25,11 +25,17 @@ from mnemoscope.similarity import index as indexing
 from mnemoscope.similarity import search, storage
 from mnemoscope.similarity.base import Descriptor, build
 from mnemoscope.similarity.index import ReferenceIndex
-from mnemoscope.similarity.pixels import Pixels, ReferenceSet
+from mnemoscope.similarity.pixels import Pixels
+from mnemoscope.similarity.reference import ReferenceSet
 from mnemoscope.similarity.search import PLACES, Searcher, build_inverted, exact, has_faiss
 from mnemoscope.similarity.storage import IndexFolder, IndexWriter, Ledger
 
 needs_faiss = pytest.mark.skipif(not has_faiss(), reason="faiss is not installed (extra [index])")
+
+
+def build_index(source, folder, descriptor="pixels", **more):
+    """An index by thumbnails, whose bytes do not depend on how pictures are batched."""
+    return ReferenceIndex.build(source, folder, descriptor, **more)
 
 
 @pytest.fixture
@@ -49,7 +55,7 @@ def content(folder: Path) -> tuple[bytes, bytes]:
 
 
 def test_it_is_a_reference_set(pictures, tmp_path):
-    index = ReferenceIndex.build(pictures, tmp_path / "index", batch=7)
+    index = build_index(pictures, tmp_path / "index", batch=7)
     assert isinstance(index, Reference)
     assert (index.name, len(index), index.threshold) == ("pixels-16", 20, None)
     files = sorted(pictures.rglob("*.png"), key=lambda p: p.relative_to(pictures).as_posix())
@@ -69,7 +75,7 @@ def test_it_is_a_reference_set(pictures, tmp_path):
 
 
 def test_queries_give_the_k_nearest_in_order(pictures, tmp_path):
-    index = ReferenceIndex.build(pictures, tmp_path / "index")
+    index = build_index(pictures, tmp_path / "index")
     (tmp_path / "bad.png").write_bytes(b"")
     answers = list(index.query([pictures / "004.png", tmp_path / "bad.png", pictures / "005.png"], 3))
     assert [a.matches[0].reference if a.matches else None for a in answers] == ["004.png", None, "005.png"]
@@ -85,7 +91,7 @@ def test_queries_give_the_k_nearest_in_order(pictures, tmp_path):
 
 
 def test_calibration_is_of_the_whole_search_and_ends_when_pictures_are_added(pictures, tmp_path):
-    index = ReferenceIndex.build(pictures, tmp_path / "index")
+    index = build_index(pictures, tmp_path / "index")
     different = tensor(*range(1000, 1120))
     threshold = index.calibrate(different, fmr=0.05)
     assert sum(m.copy_found for m in index.nearest(different)) <= 6
@@ -104,15 +110,15 @@ def test_calibration_is_of_the_whole_search_and_ends_when_pictures_are_added(pic
     others = fill(tmp_path / "others", 120, first=1000)
     assert index.calibrate(others, fmr=0.05) == pytest.approx(threshold, abs=1e-5)
     # Nothing new: it stays. Something new: a larger set finds more that is similar.
-    assert ReferenceIndex.build(pictures, tmp_path / "index").threshold is not None
+    assert build_index(pictures, tmp_path / "index").threshold is not None
     fill(pictures, 1, first=50)
-    grown = ReferenceIndex.build(pictures, tmp_path / "index")
+    grown = build_index(pictures, tmp_path / "index")
     assert (len(grown), grown.threshold) == (21, None)
     assert "calibrate again" in grown.files.manifest.notes[0]
 
 
 def test_reference_pictures_are_shown_as_long_as_they_are_what_they_were(pictures, tmp_path):
-    index = ReferenceIndex.build(pictures, tmp_path / "index", prefix="mine/")
+    index = build_index(pictures, tmp_path / "index", prefix="mine/")
     name = index.nearest(tensor(4))[0].reference
     assert name == "mine/004.png"
     assert torch.equal(index.image(name), tensor(4)[0])
@@ -134,7 +140,7 @@ def test_bad_pictures_are_counted_by_reason(pictures, tmp_path):
     (pictures / "gone.png").symlink_to(tmp_path / "nothing")
     (pictures / "tiny.png").write_bytes(encoded(smooth(0, 8)))
     (pictures / "gray.png").write_bytes(encoded(smooth(70).convert("L")))
-    index = ReferenceIndex.build(pictures, tmp_path / "index")
+    index = build_index(pictures, tmp_path / "index")
     assert len(index) == 21
     assert index.files.manifest.skipped == {"damaged": 1, "empty": 1, "link": 1, "not described": 1, "unknown": 1}
     rows = {row.id: row for row in index.files.rows()}
@@ -143,30 +149,30 @@ def test_bad_pictures_are_counted_by_reason(pictures, tmp_path):
     assert rows["tiny.png"].vector is None
     # Again: nothing is new, and no file changes.
     before = content(tmp_path / "index")
-    ReferenceIndex.build(pictures, tmp_path / "index")
+    build_index(pictures, tmp_path / "index")
     assert content(tmp_path / "index") == before
     # What could not be read, or was not yet whole, is tried again.
     (pictures / "gone.png").unlink()
     (pictures / "gone.png").write_bytes(encoded(smooth(71)))
     (pictures / "zero.png").write_bytes(encoded(smooth(72)))
-    index = ReferenceIndex.build(pictures, tmp_path / "index")
+    index = build_index(pictures, tmp_path / "index")
     assert len(index) == 23
     assert index.files.manifest.skipped == {"damaged": 1, "not described": 1, "unknown": 1}
 
 
 def test_changed_and_repeated_pictures_are_named(pictures, tmp_path):
-    ReferenceIndex.build(pictures, tmp_path / "index")
+    build_index(pictures, tmp_path / "index")
     (pictures / "004.png").write_bytes(encoded(smooth(4, 64)))
-    index = ReferenceIndex.build(pictures, tmp_path / "index")
+    index = build_index(pictures, tmp_path / "index")
     assert len(index) == 20
     # Nothing was appended, so the manifest stands; with the next picture it says so.
     fill(pictures, 1, first=40)
-    index = ReferenceIndex.build(pictures, tmp_path / "index")
+    index = build_index(pictures, tmp_path / "index")
     assert (
         "1 files changed since they were indexed and were not indexed again (first: 004.png)"
         in index.files.manifest.notes[0]
     )
-    twice = ReferenceIndex.build([pictures / "001.png"] * 2, tmp_path / "twice")
+    twice = build_index([pictures / "001.png"] * 2, tmp_path / "twice")
     assert len(twice) == 1
     assert "1 pictures have the id of an earlier one" in twice.files.manifest.notes[0]
 
@@ -176,10 +182,10 @@ def test_changed_and_repeated_pictures_are_named(pictures, tmp_path):
 def test_two_parts_are_one_whole(tmp_path_factory, first, batch):
     folder = tmp_path_factory.mktemp("parts")
     paths = sorted(fill(folder / "p", 12).rglob("*.png"))
-    ReferenceIndex.build(paths, folder / "whole")
+    build_index(paths, folder / "whole")
     if first:
-        ReferenceIndex.build(paths[:first], folder / "parts", batch=batch)
-    index = ReferenceIndex.build(paths, folder / "parts", batch=batch)
+        build_index(paths[:first], folder / "parts", batch=batch)
+    index = build_index(paths, folder / "parts", batch=batch)
     (rows, vectors), (more_rows, more_vectors) = content(folder / "whole"), content(folder / "parts")
     assert rows == more_rows
     assert np.allclose(np.frombuffer(vectors, "<f4"), np.frombuffer(more_vectors, "<f4"), atol=1e-6)
@@ -187,13 +193,13 @@ def test_two_parts_are_one_whole(tmp_path_factory, first, batch):
 
 
 def test_half_precision_takes_half_of_the_disk_and_moves_little(pictures, tmp_path):
-    full = ReferenceIndex.build(pictures, tmp_path / "full")
-    half = ReferenceIndex.build(pictures, tmp_path / "half", dtype="float16")
+    full = build_index(pictures, tmp_path / "full")
+    half = build_index(pictures, tmp_path / "half", dtype="float16")
     assert 2 * len(content(tmp_path / "half")[1]) == len(content(tmp_path / "full")[1])
     for a, b in zip(full.nearest(tensor(3, 30)), half.nearest(tensor(3, 30)), strict=True):
         assert (a.reference, a.similarity) == (b.reference, pytest.approx(b.similarity, abs=1e-3))
     with pytest.raises(UsageError, match="stores float16, not float32"):
-        ReferenceIndex.build(pictures, tmp_path / "half", dtype="float32")
+        build_index(pictures, tmp_path / "half", dtype="float32")
 
 
 def test_prepared_and_given_pictures_are_described_alike():
@@ -209,33 +215,33 @@ def test_prepared_and_given_pictures_are_described_alike():
 
 
 def test_another_descriptor_is_refused_by_name(pictures, tmp_path):
-    ReferenceIndex.build(pictures, tmp_path / "index", options={"side": 8})
+    build_index(pictures, tmp_path / "index", options={"side": 8})
     assert ReferenceIndex(tmp_path / "index").name == "pixels-8"
     for attempt in (
         lambda: ReferenceIndex(tmp_path / "index", Pixels()),
-        lambda: ReferenceIndex.build(pictures, tmp_path / "index", Pixels()),
+        lambda: build_index(pictures, tmp_path / "index", Pixels()),
     ):
         with pytest.raises(UsageError, match=r"made with another descriptor \(identity.*was .*8.* now .*16"):
             attempt()
     with pytest.raises(UnknownName, match="Did you mean 'pixels'"):
-        ReferenceIndex.build(pictures, tmp_path / "other", "pixel")
+        build_index(pictures, tmp_path / "other", "pixel")
     with pytest.raises(UnknownName, match="no option of descriptor pixels named 'size'"):
         build("pixels", {"size": 8})
 
 
 def test_a_descriptor_that_was_handed_in_must_be_handed_in_again(pictures, tmp_path):
-    ReferenceIndex.build(pictures, tmp_path / "index", Pixels(side=8))
+    build_index(pictures, tmp_path / "index", Pixels(side=8))
     with pytest.raises(UsageError, match="hand in the same one"):
         ReferenceIndex(tmp_path / "index")
     assert len(ReferenceIndex(tmp_path / "index", Pixels(side=8))) == 20
 
 
 def test_a_second_source_needs_a_prefix(pictures, tmp_path):
-    ReferenceIndex.build(pictures, tmp_path / "index")
+    build_index(pictures, tmp_path / "index")
     other = fill(tmp_path / "other", 3, first=100)
     with pytest.raises(UsageError, match="give its pictures a prefix of their own"):
-        ReferenceIndex.build(other, tmp_path / "index")
-    index = ReferenceIndex.build(other, tmp_path / "index", prefix="other/")
+        build_index(other, tmp_path / "index")
+    index = build_index(other, tmp_path / "index", prefix="other/")
     assert len(index) == 23
     assert index.nearest(tensor(101))[0].reference == "other/101.png"
     assert torch.equal(index.image("other/101.png"), tensor(101)[0])
@@ -246,10 +252,10 @@ def test_foreign_and_damaged_folders_are_refused(pictures, tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.txt").write_text("x")
     with pytest.raises(RunError, match=r"holds 'thesis\.txt' and no index"):
-        ReferenceIndex.build(pictures, tmp_path / "full")
+        build_index(pictures, tmp_path / "full")
     with pytest.raises(RunError, match="holds no index"):
         ReferenceIndex(tmp_path / "nowhere")
-    ReferenceIndex.build(pictures, tmp_path / "index")
+    build_index(pictures, tmp_path / "index")
     manifest = tmp_path / "index" / "manifest.json"
     good = json.loads(manifest.read_bytes())
     for change, sentence in (
@@ -266,16 +272,16 @@ def test_foreign_and_damaged_folders_are_refused(pictures, tmp_path):
 
 
 def test_one_writer_at_a_time(pictures, tmp_path):
-    index = ReferenceIndex.build(pictures, tmp_path / "index")
+    index = build_index(pictures, tmp_path / "index")
     with IndexWriter(index.files), pytest.raises(RunError, match="being written by another process"):
-        ReferenceIndex.build(pictures, tmp_path / "index")
-    ReferenceIndex.build(pictures, tmp_path / "index")
+        build_index(pictures, tmp_path / "index")
+    build_index(pictures, tmp_path / "index")
 
 
 def test_an_empty_index_says_so(tmp_path):
     (tmp_path / "p").mkdir()
     (tmp_path / "p" / "a.png").write_bytes(b"")
-    index = ReferenceIndex.build(tmp_path / "p", tmp_path / "index")
+    index = build_index(tmp_path / "p", tmp_path / "index")
     assert len(index) == 0
     with pytest.raises(UsageError, match="holds no picture with a descriptor"):
         index.nearest(tensor(0))
@@ -308,8 +314,8 @@ def test_after_kill_9_the_same_call_gives_the_same_index(pictures, tmp_path):
     half = IndexFolder(tmp_path / "killed")
     assert half.manifest.status == "building"
     assert len(half) == 12, "three batches of four were on the disk"
-    ReferenceIndex.build(pictures, tmp_path / "killed", Pixels())
-    ReferenceIndex.build(pictures, tmp_path / "whole", Pixels())
+    build_index(pictures, tmp_path / "killed", Pixels())
+    build_index(pictures, tmp_path / "whole", Pixels())
     assert content(tmp_path / "killed") == content(tmp_path / "whole")
     one, other = (IndexFolder(tmp_path / name).manifest for name in ("killed", "whole"))
     assert one.hashes == other.hashes
@@ -321,19 +327,19 @@ def test_after_kill_9_the_same_call_gives_the_same_index(pictures, tmp_path):
 def test_torn_ends_are_cut_off(tmp_path_factory, cut, torn):
     folder = tmp_path_factory.mktemp("torn")
     source = fill(folder / "p", 6)
-    ReferenceIndex.build(source, folder / "index")
+    build_index(source, folder / "index")
     whole = content(folder / "index")
     rows = folder / "index" / "rows.jsonl"
     rows.write_bytes(whole[0][:-cut] + torn)
     (folder / "index" / "vectors.bin").write_bytes(whole[1] + b"half a vector")
     assert len(IndexFolder(folder / "index")) <= 6, "a reader sees what is whole"
-    index = ReferenceIndex.build(source, folder / "index")
+    index = build_index(source, folder / "index")
     assert content(folder / "index") == whole
     assert index.nearest(tensor(2))[0].reference == "002.png"
 
 
 def test_damage_in_the_middle_is_named(pictures, tmp_path):
-    ReferenceIndex.build(pictures, tmp_path / "index")
+    build_index(pictures, tmp_path / "index")
     rows = tmp_path / "index" / "rows.jsonl"
     lines = rows.read_bytes().splitlines(keepends=True)
     rows.write_bytes(b"".join([*lines[:3], b"{\n", *lines[4:]]))
@@ -343,7 +349,7 @@ def test_damage_in_the_middle_is_named(pictures, tmp_path):
     rows.write_bytes(b"".join([*lines[:3], *lines[4:]]))
     assert len(ReferenceIndex(tmp_path / "index")) == 19
     lost = json.loads(lines[3])["id"]
-    index = ReferenceIndex.build(pictures, tmp_path / "index")
+    index = build_index(pictures, tmp_path / "index")
     assert len(index) == 20
     assert len(index.files.vectors) == 21
     (match,) = index.nearest(tensor(int(Path(lost).stem)))
@@ -352,12 +358,12 @@ def test_damage_in_the_middle_is_named(pictures, tmp_path):
 
 
 def test_missing_vectors_are_named(pictures, tmp_path):
-    ReferenceIndex.build(pictures, tmp_path / "index")
+    build_index(pictures, tmp_path / "index")
     with (tmp_path / "index" / "vectors.bin").open("r+b") as file:
         file.truncate(5 * 768 * 4 + 1)
     for attempt in (
         lambda: ReferenceIndex(tmp_path / "index"),
-        lambda: ReferenceIndex.build(pictures, tmp_path / "index"),
+        lambda: build_index(pictures, tmp_path / "index"),
     ):
         with pytest.raises(RunError, match=r"vectors\.bin holds 5 of 20 descriptors"):
             attempt()
@@ -377,11 +383,11 @@ def test_a_full_disk_keeps_what_was_written(pictures, tmp_path, monkeypatch, roo
     monkeypatch.setattr(indexing, "COMMIT_EVERY", 0)
     monkeypatch.setattr(storage, "write_all", full)
     with pytest.raises(RunError, match="is full; everything written so far is kept"):
-        ReferenceIndex.build(pictures, tmp_path / "index", batch=4)
+        build_index(pictures, tmp_path / "index", batch=4)
     assert len(IndexFolder(tmp_path / "index")) == 4 * (room // 13_000)
     monkeypatch.undo()
-    ReferenceIndex.build(pictures, tmp_path / "index")
-    ReferenceIndex.build(pictures, tmp_path / "whole")
+    build_index(pictures, tmp_path / "index")
+    build_index(pictures, tmp_path / "whole")
     assert content(tmp_path / "index") == content(tmp_path / "whole")
 
 
@@ -394,7 +400,9 @@ class Odd(Pixels):
 
     def prepare(self, picture):
         shown = super().prepare(picture)
-        return shown[:, : 16 - np.asarray(picture)[0, 0, 0] % 4] if self.fault == "sizes" else shown
+        if self.fault == "proportions":  # of as many shapes as there are rests
+            return shown.repeat_interleave(1 + np.asarray(picture)[0, 0, 0] % 3, dim=1)
+        return shown
 
     def __call__(self, images):
         found = super().__call__(images)
@@ -407,16 +415,21 @@ class Odd(Pixels):
         return 2 * found if self.fault == "long" else found
 
 
-@pytest.mark.parametrize(
-    ("fault", "sentence"), [("sizes", "different sizes"), ("rows", "gives shape"), ("long", "longer than 1")]
-)
+def test_a_descriptor_may_keep_proportions(pictures, tmp_path):
+    mixed = build_index(pictures, tmp_path / "mixed", Odd("proportions"))
+    plain = build_index(pictures, tmp_path / "plain", Pixels())
+    assert len({tuple(Odd("proportions").prepare(smooth(i)).shape) for i in range(20)}) > 1
+    assert np.allclose(mixed.files.vectors, plain.files.vectors, atol=1e-6)
+
+
+@pytest.mark.parametrize(("fault", "sentence"), [("rows", "gives shape"), ("long", "longer than 1")])
 def test_a_descriptor_that_misbehaves_is_named(pictures, tmp_path, fault, sentence):
     with pytest.raises(ModelFault, match=f"pixels-16.*{sentence}"):
-        ReferenceIndex.build(pictures, tmp_path / "index", Odd(fault))
+        build_index(pictures, tmp_path / "index", Odd(fault))
 
 
 def test_vectors_that_are_not_finite_are_rows_with_a_reason(pictures, tmp_path):
-    index = ReferenceIndex.build(pictures, tmp_path / "index", Odd("nan"))
+    index = build_index(pictures, tmp_path / "index", Odd("nan"))
     assert (len(index), index.files.skipped()) == (10, {"not described": 10})
     assert np.isfinite(index.files.vectors).all()
     with pytest.raises(ModelFault, match="gives NaN"):
@@ -425,18 +438,18 @@ def test_vectors_that_are_not_finite_are_rows_with_a_reason(pictures, tmp_path):
 
 def test_ctrl_c_says_what_is_saved(pictures, tmp_path):
     with pytest.raises(KeyboardInterrupt, match="stopped; 0 pictures are indexed; the same command continues"):
-        ReferenceIndex.build(pictures, tmp_path / "index", Odd("stop"))
-    assert len(ReferenceIndex.build(pictures, tmp_path / "index", Pixels())) == 20
+        build_index(pictures, tmp_path / "index", Odd("stop"))
+    assert len(build_index(pictures, tmp_path / "index", Pixels())) == 20
 
 
 def test_progress_counts_what_is_known(pictures, tmp_path):
     seen = []
-    ReferenceIndex.build(pictures, tmp_path / "index", batch=8, progress=seen.append)
+    build_index(pictures, tmp_path / "index", batch=8, progress=seen.append)
     assert [p.done for p in seen] == [8, 16, 20]
     assert {p.asked for p in seen} == {20}
     fill(pictures, 2, first=60)
     seen.clear()
-    ReferenceIndex.build(pictures, tmp_path / "index", progress=seen.append)
+    build_index(pictures, tmp_path / "index", progress=seen.append)
     assert seen[-1].done == seen[-1].asked == 22
 
 
@@ -455,7 +468,7 @@ def test_memory_of_a_build_does_not_grow_with_the_set(tmp_path):
         for i in range(n):
             (source / f"{i:04}.png").write_bytes(data[i % 8])
         tracemalloc.start()
-        ReferenceIndex.build(source, tmp_path / f"index-{n}", Wide(), workers=1, batch=16)
+        build_index(source, tmp_path / f"index-{n}", Wide(), workers=1, batch=16)
         _, highest = tracemalloc.get_traced_memory()
         tracemalloc.stop()
         return highest
@@ -581,7 +594,7 @@ def test_a_large_set_gets_an_inverted_file(tmp_path, monkeypatch):
     monkeypatch.setattr(indexing, "FLAT", 300)
     monkeypatch.setattr(search, "FLAT", 300)
     source = fill(tmp_path / "p", 320)
-    index = ReferenceIndex.build(source, tmp_path / "index", Pixels(side=4))
+    index = build_index(source, tmp_path / "index", Pixels(side=4))
     assert index.files.manifest.search["kind"] == "IVF-PQ"
     assert index.files.manifest.search["pictures"] == 320
     plain = ReferenceIndex(tmp_path / "index", Pixels(side=4), use_faiss=False)
@@ -594,7 +607,7 @@ def test_an_audit_takes_an_index_for_its_reference_set(pictures, tmp_path, targe
     from mnemoscope.audit.config import AuditConfig
     from mnemoscope.audit.run import audit
 
-    index = ReferenceIndex.build(pictures, tmp_path / "index", Pixels(side=4))
+    index = build_index(pictures, tmp_path / "index", Pixels(side=4))
     index.calibrate(tensor(*range(500, 700)), fmr=0.05)
     config = AuditConfig(model="tiny", prompts=["a", "b"], seeds=2, steps=2, images=True, out=str(tmp_path / "run"))
     run = audit(config, target=target_of("sd"), reference=index)

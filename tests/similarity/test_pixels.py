@@ -6,7 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mnemoscope.errors import UsageError
-from mnemoscope.similarity.pixels import Pixels, ReferenceSet
+from mnemoscope.similarity.pixels import Pixels
+from mnemoscope.similarity.reference import ReferenceSet
 
 
 def pictures(n, size=32, seed=0):
@@ -45,7 +46,7 @@ def test_too_small_pictures_get_a_sentence():
 
 def test_nearest_finds_the_copy():
     x = pictures(20)
-    reference = ReferenceSet.of([f"#{i}" for i in range(20)], x)
+    reference = ReferenceSet.of([f"#{i}" for i in range(20)], x, Pixels())
     noise = 0.02 * torch.randn(x.shape, generator=torch.Generator().manual_seed(1))
     matches = reference.nearest((x + noise)[5:8])
     assert [m.reference for m in matches] == ["#5", "#6", "#7"]
@@ -58,7 +59,7 @@ def test_nearest_finds_the_copy():
 
 @pytest.mark.parametrize("fmr", [0.01, 0.05, 0.2])
 def test_calibration_keeps_its_search_error(fmr):
-    reference = ReferenceSet.of([str(i) for i in range(50)], pictures(50))
+    reference = ReferenceSet.of([str(i) for i in range(50)], pictures(50), Pixels())
     reference.calibrate(pictures(300, seed=3), fmr=fmr)
     assert sum(bool(m.copy_found) for m in reference.nearest(pictures(300, seed=3))) <= fmr * 300
     # Other different pictures of the same kind: within four standard errors of the stated rate.
@@ -68,4 +69,4 @@ def test_calibration_keeps_its_search_error(fmr):
 
 def test_ids_and_pictures_must_agree():
     with pytest.raises(UsageError, match="2 ids for 3 descriptors"):
-        ReferenceSet.of(["a", "b"], pictures(3))
+        ReferenceSet.of(["a", "b"], pictures(3), Pixels())

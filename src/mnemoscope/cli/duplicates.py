@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -22,6 +24,8 @@ from .index import (
 )
 
 if TYPE_CHECKING:
+    from ..records.schema import Thresholds
+    from ..records.store import Run
     from ..similarity.duplicates import Clusters, Exposure, Share
     from ..similarity.storage import IndexFolder
 
@@ -59,13 +63,16 @@ def duplicates(
     from ..similarity.storage import IndexFolder
 
     given = IndexFolder.exists(images)
+    audited = (
+        None if run is None else _audited(run, captions)
+    )  # what is wrong with them is said before the long comparison
     with screen.stoppable(), quiet_pillow():
         if given:
             index = IndexFolder(images)
         else:
             more: dict[str, Any] = {"column": column, "id_column": id_column, "workers": workers}
             index = build_index(images, out / "index", descriptor, descriptor_option, **more).files
-        _report(index, _threshold(index, threshold), out, sheets, run, captions, as_json=as_json)
+        _report(index, _threshold(index, threshold), out, sheets, audited, as_json=as_json)
 
 
 def _report(
@@ -73,16 +80,23 @@ def _report(
     threshold: float,
     out: Path,
     sheets: int,
-    run: Path | None,
-    captions: Path | None,
+    audited: Audited | None,
     *,
     as_json: bool,
 ) -> None:
     from ..similarity.duplicates import find_clusters, write_clusters
+    from ..similarity.index import Progress
 
-    clusters = find_clusters(index, threshold)
+    began = time.perf_counter()
+
+    def moved(done: int, asked: int) -> Progress:
+        spent = time.perf_counter() - began
+        return Progress(done, asked, 0, spent, spent / max(done, 1) * (asked - done))
+
+    with screen.progress("comparing") as show:
+        clusters = find_clusters(index, threshold, progress=lambda done, asked: show(moved(done, asked)))
     worst = write_clusters(index, clusters, out, sheets=sheets)
-    exposure = None if run is None else _joined(index, clusters, run, captions)
+    exposure = None if audited is None else _joined(index, clusters, audited)
     figure = None if exposure is None else _figure(exposure, out)
     if as_json:
         document: dict[str, Any] = {"descriptor": index.manifest.descriptor.name, **clusters.summary(), "worst": worst}
@@ -130,21 +144,35 @@ def _show_clusters(index: IndexFolder, clusters: Clusters, worst: list[dict[str,
 # With an audit ------------------------------------------------------------------------------------------------------------
 
 
-def _joined(index: IndexFolder, clusters: Clusters, folder: Path, captions: Path | None) -> Exposure:
+@dataclass(frozen=True)
+class Audited:
+    """An audit to be joined: its run, its threshold if it has one, and which pictures each caption has (None: ids are the same)."""
+
+    run: Run
+    judged: Thresholds | None
+    pictures: dict[str, list[str]] | None
+
+
+def _audited(folder: Path, captions: Path | None) -> Audited:
     from ..records.schema import Thresholds
     from ..records.store import Run
     from ..report.summary import read_part
-    from ..similarity.duplicates import by_cluster_size, memberships
 
     run, judged = Run(folder), read_part(folder / "thresholds.json", Thresholds.model_validate_json)
     if judged is None:
         screen.say(f"Not tested: {folder} has no thresholds.json, so no caption is above a threshold.")
+    return Audited(run, judged, None if captions is None else _pictures_of(captions))
+
+
+def _joined(index: IndexFolder, clusters: Clusters, audited: Audited) -> Exposure:
+    from ..similarity.duplicates import by_cluster_size, memberships
+
     return by_cluster_size(
-        run.rows(),
+        audited.run.rows(),
         memberships(index, clusters),
-        None if captions is None else _pictures_of(captions),
-        detector=judged.detector if judged else "magnitude",
-        threshold=judged.threshold if judged else None,
+        audited.pictures,
+        detector=audited.judged.detector if audited.judged else "magnitude",
+        threshold=audited.judged.threshold if audited.judged else None,
     )
 
 

@@ -108,7 +108,7 @@ class Draws:
         grid = F.affine_grid(theta, [n, 4, self.size, self.size], align_corners=False)
         seen = F.grid_sample(rgba, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
         rgb, alpha = seen[:, :3], seen[:, 3:]
-        rgb = torch.einsum("nij,njhw->nihw", _hue((u[:, 5] - 0.5) * 0.5), rgb).clamp(min=0).minimum(alpha)
+        rgb = torch.einsum("nij,njhw->nihw", hue((u[:, 5] - 0.5) * 0.5), rgb).clamp(min=0).minimum(alpha)
         return rgb + (1 - alpha) * _cards(n, generator)
 
 
@@ -116,7 +116,7 @@ def _tensor(image: Image.Image) -> Tensor:
     return torch.from_numpy(np.asarray(image, np.float32) / 255).permute(2, 0, 1)
 
 
-def _hue(angle: Tensor) -> Tensor:
+def hue(angle: Tensor) -> Tensor:
     """Rotations about the grey axis, ``[n, 3, 3]``."""
     k = torch.full((3,), 3**-0.5)
     cross = torch.tensor([[0, -k[2], k[1]], [k[2], 0, -k[0]], [-k[1], k[0], 0]])

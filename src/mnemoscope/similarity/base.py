@@ -6,13 +6,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
+import numpy as np
+import torch
 from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
 from .. import plugins
 
-__all__ = ["DEFAULT", "Descriptor", "Match", "Pictures", "Vectors", "build", "matched"]
+__all__ = ["DEFAULT", "Descriptor", "Match", "Pictures", "Vectors", "as_tensor", "build", "matched"]
 
 Pictures: TypeAlias = Float[Tensor, "batch 3 height width"]
 """RGB in [0, 1]."""
@@ -20,7 +22,7 @@ Pictures: TypeAlias = Float[Tensor, "batch 3 height width"]
 Vectors: TypeAlias = Float[Tensor, "batch dim"]
 """Descriptors: rows of unit length, so that similarity is their dot product."""
 
-DEFAULT = "pixels"
+DEFAULT = "fingerprint"
 """The descriptor that commands use when none is named."""
 
 
@@ -42,7 +44,7 @@ class Descriptor(Protocol):
         ...
 
     def prepare(self, picture: Image.Image) -> Float[Tensor, "3 height width"]:
-        """An RGB picture as the tensor it is described from, all of one size. Runs in decoding threads: no state, no device.
+        """An RGB picture as the tensor it is described from, best all of one size. Runs in decoding threads: no state, no device.
 
         Raises:
             UsageError: this picture cannot be described, for instance because it is too small.
@@ -56,19 +58,42 @@ class Descriptor(Protocol):
 
 @dataclass(frozen=True)
 class Match:
-    """The nearest reference of one picture."""
+    """The nearest reference of one picture, and the one whose layout it shares most.
+
+    Attributes:
+        reference: Id of the nearest reference.
+        similarity: Of the whole pictures, under ``descriptor``.
+        descriptor: Its name.
+        threshold: Similarity above which a copy is called; None: not calibrated.
+        copy_found: Whether it is.
+        layout: Largest layout similarity to one of the nearest references (:mod:`.layout`); None: their pictures cannot be shown.
+        layout_reference: The reference it is with.
+        layout_threshold: Layout similarity above which a template copy is called; None: not calibrated.
+        template_found: Whether it is, the whole picture not being a copy.
+    """
 
     reference: str
     similarity: float
     descriptor: str
     threshold: float | None
     copy_found: bool | None
+    layout: float | None = None
+    layout_reference: str | None = None
+    layout_threshold: float | None = None
+    template_found: bool | None = None
 
 
 def matched(reference: str, similarity: float, descriptor: str, threshold: float | None) -> Match:
     """A match; a copy is *above* the calibrated threshold, and without one no copy is called."""
     found = None if threshold is None else similarity > threshold
     return Match(reference, round(similarity, 6), descriptor, threshold, found)
+
+
+def as_tensor(picture: Image.Image, least: int = 512) -> Float[Tensor, "1 3 height width"]:
+    """An RGB picture in [0, 1]. A large one is first reduced by a whole factor, to no less than ``least`` pixels along its short side."""
+    factor = min(picture.size) // least
+    small = picture.reduce(factor) if factor > 1 else picture
+    return torch.from_numpy(np.array(small)).permute(2, 0, 1)[None].float() / 255
 
 
 def build(name: str, options: Mapping[str, Any] | None = None) -> Descriptor:

@@ -29,6 +29,7 @@ from ..models.identity import hash_file
 from ..records.store import differences, explained, whole
 from ..stats import least_ordinary, threshold_at_fpr
 from .base import DEFAULT, Descriptor, Match, Pictures, build, matched
+from .layout import CANDIDATES, Layouts, thumbnail, with_layouts
 from .reading import Anything, Entry, Reading, Source, open_source, read
 from .search import FLAT, Searcher, build_inverted, has_faiss
 from .storage import (
@@ -116,6 +117,7 @@ class ReferenceIndex:
         _require_same(record, self.descriptor, self.files.folder)
         self._search = Searcher(self.files.vectors, self.files.alive, self.files.inverted, use_faiss)
         self._numbers: dict[str, int] = {}
+        self._layouts = Layouts(self.image)
 
     def __repr__(self) -> str:
         return f"ReferenceIndex({str(self.files.folder)!r}, {self.name}, {len(self)} pictures)"
@@ -183,9 +185,15 @@ class ReferenceIndex:
     def __len__(self) -> int:
         return len(self.files)
 
+    @property
+    def layout_threshold(self) -> float | None:
+        """Layout similarity above which a template copy is called; None: not calibrated."""
+        return self.files.manifest.layout_threshold
+
     def nearest(self, images: Pictures) -> list[Match]:
-        """The most similar reference of each picture in [0, 1]."""
-        return [matches[0] for matches in self._matches(self._described(images), 1)]
+        """The most similar reference of each picture in [0, 1], and the one whose layout it shares most."""
+        found = self._matches(self._described(images), CANDIDATES)
+        return with_layouts(found, self._layouts.best(images, found), self.layout_threshold)
 
     def query(self, source: Anything, k: int = 5, *, workers: int | None = None, batch: int = 64) -> Iterator[Answer]:
         """The k nearest references of every picture of a source, in its order."""
@@ -219,18 +227,38 @@ class ReferenceIndex:
             UsageError: they are too few for this rate.
         """
         if isinstance(different, Tensor):
-            found = [m.similarity for some in different.split(64) for m in self.nearest(some)]
+            matches = [m for some in different.split(64) for m in self.nearest(some)]
         else:
             source = source or str(different)[:200]
-            found = [answer.matches[0].similarity for answer in self.query(different, 1) if answer.matches]
+            matches = list(self._read_and_matched(different))
+        found = [m.similarity for m in matches]
         if len(found) < least_ordinary(fmr):
             raise UsageError(
                 f"{len(found)} different pictures cannot state a false-match rate of {fmr:g}; give at least {least_ordinary(fmr)}."
             )
         threshold = threshold_at_fpr(found, fmr).value
+        layouts = [m.layout for m in matches if m.layout is not None]
+        layout = threshold_at_fpr(layouts, fmr).value if len(layouts) == len(found) else None
         facts = Calibrated(fmr=fmr, different=len(found), references=len(self), source=source)
-        self.files.update(threshold=threshold, calibration=facts.model_dump())
+        self.files.update(threshold=threshold, layout_threshold=layout, calibration=facts.model_dump())
         return threshold
+
+    def _read_and_matched(self, source: Anything, batch: int = 64) -> Iterator[Match]:
+        """The nearest of every picture of a source that can be described, with layouts."""
+        readings = read(open_source(source), lambda picture: (self.descriptor.prepare(picture), thumbnail(picture)))
+        while some := list(islice(readings, batch)):
+            prepared = [r.prepared for r in some if r.prepared is not None]
+            if not prepared:
+                continue
+            with torch.inference_mode():
+                vectors = _by_shape(self.descriptor, [p for p, _ in prepared])
+            sound = np.isfinite(vectors).all(1)
+            found = self._matches(vectors[sound], CANDIDATES)
+            small = (
+                torch.stack([t for (_, t), good in zip(prepared, sound, strict=True) if good]) if sound.any() else None
+            )
+            if small is not None:
+                yield from with_layouts(found, self._layouts.best(small, found), None)
 
     def image(self, reference: str) -> Float[Tensor, "3 height width"] | None:
         """The reference picture of that id in [0, 1], at most 512 px long; None: it is gone, or its file has changed."""
@@ -278,18 +306,27 @@ def _describe(
     prepared = [r.prepared for r in readings if r.prepared is not None]
     if not prepared:
         return np.empty((0, 1), np.float32), np.empty(0, bool)
-    if len({tuple(p.shape) for p in prepared}) > 1:
-        raise ModelFault(f"{descriptor.name} prepares pictures of different sizes; prepare() must give one size.")
     with torch.inference_mode():
-        vectors = descriptor(torch.stack(prepared)).float().cpu().numpy()
-    if vectors.ndim != 2 or len(vectors) != len(prepared):
-        raise ModelFault(f"{descriptor.name} gives shape {vectors.shape} for {len(prepared)} pictures.")
+        vectors = _by_shape(descriptor, prepared)
     finite = np.isfinite(vectors).all(1)
     if (np.linalg.norm(vectors[finite], axis=1) > 1.001).any():
         raise ModelFault(
             f"{descriptor.name} gives vectors longer than 1; similarity is the dot product of unit vectors."
         )
     return vectors, finite
+
+
+def _by_shape(descriptor: Descriptor, prepared: list[Tensor]) -> Float[np.ndarray, "n dim"]:
+    """Vectors of prepared pictures: those of one shape together, because a descriptor may keep proportions."""
+    shapes: dict[tuple[int, ...], list[int]] = {}
+    for i, picture in enumerate(prepared):
+        shapes.setdefault(tuple(picture.shape), []).append(i)
+    parts = [descriptor(torch.stack([prepared[i] for i in some])).float().cpu().numpy() for some in shapes.values()]
+    for part, some in zip(parts, shapes.values(), strict=True):
+        if part.ndim != 2 or len(part) != len(some):
+            raise ModelFault(f"{descriptor.name} gives shape {part.shape} for {len(some)} pictures.")
+    order = np.argsort([i for some in shapes.values() for i in some])
+    return np.concatenate(parts)[order]
 
 
 class _Session:
@@ -423,7 +460,7 @@ class _Session:
         grown = len(files) != files.manifest.pictures
         changes: dict[str, Any] = {"notes": self._notes(grown)}
         if grown:
-            changes |= {"threshold": None, "calibration": None}
+            changes |= {"threshold": None, "layout_threshold": None, "calibration": None}
         if has_faiss() and len(files.vectors) >= FLAT:
             changes["search"] = _inverted(files)
         names = [name for name in (ROWS, VECTORS) if (files.folder / name).is_file()]

@@ -6,20 +6,17 @@ an autoencoder's blur and small noise, and nothing else: it does not see through
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
 from ..errors import UsageError
-from .base import Descriptor, Match, Pictures, matched
+from .base import Pictures, as_tensor
 
-__all__ = ["PLAIN", "Match", "Pictures", "Pixels", "ReferenceSet"]
+__all__ = ["PLAIN", "Pixels"]
 
 PLAIN = 0.05
 """Norm below which what is left of a thumbnail is rounding (less than half a grey level a pixel), not a picture."""
@@ -47,10 +44,7 @@ class Pixels:
 
     def prepare(self, picture: Image.Image) -> Float[Tensor, "3 height width"]:
         """The thumbnail: pooling it once more changes nothing. Large pictures are first reduced by a whole factor."""
-        factor = min(picture.size) // (32 * self.side)
-        small = picture.reduce(factor) if factor > 1 else picture
-        pixels = torch.from_numpy(np.array(small)).permute(2, 0, 1).float() / 255
-        return self._pooled(pixels[None])[0]
+        return self._pooled(as_tensor(picture, 32 * self.side))[0]
 
     def __call__(self, images: Pictures) -> Float[Tensor, "batch dim"]:
         """Descriptors of pictures in [0, 1] of any size; float32, rows of unit length (zero for a plain card)."""
@@ -61,55 +55,3 @@ class Pixels:
         if min(images.shape[-2:]) < self.side:
             raise UsageError(f"{self.name} needs pictures of at least {self.side} px; got {tuple(images.shape[-2:])}.")
         return F.adaptive_avg_pool2d(images.float(), self.side)
-
-
-class ReferenceSet:
-    """Pictures a copy could be of, held as descriptors.
-
-    Args:
-        ids: One name per picture.
-        vectors: Descriptors, ``[n, dim]``, unit length.
-        descriptor: What made them.
-        threshold: Similarity above which two pictures are called copies; None until calibrated.
-    """
-
-    def __init__(self, ids: Sequence[str], vectors: Tensor, descriptor: Descriptor, threshold: float | None = None):
-        if len(ids) != len(vectors):
-            raise UsageError(f"{len(ids)} ids for {len(vectors)} descriptors; give one id per picture.")
-        self.ids, self.vectors, self.descriptor, self.threshold = list(ids), vectors, descriptor, threshold
-
-    @classmethod
-    def of(cls, ids: Sequence[str], images: Pictures, descriptor: Descriptor | None = None) -> ReferenceSet:
-        """From pictures in [0, 1]."""
-        descriptor = descriptor or Pixels()
-        return cls(ids, descriptor(images), descriptor)
-
-    @property
-    def name(self) -> str:
-        """The descriptor's name."""
-        return self.descriptor.name
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def similarities(self, images: Pictures) -> Float[Tensor, "batch n"]:
-        """Every picture against every reference."""
-        return self.descriptor(images) @ self.vectors.T
-
-    def calibrate(self, different: Pictures, *, fmr: float = 0.01) -> float:
-        """Set and return the similarity that the *nearest* reference of a different picture exceeds with probability ≤ ``fmr``.
-
-        ``different`` are pictures known not to be in the set. The whole search is calibrated, not one pair, because a set of
-        thousands finds something similar to anything.
-        """
-        nearest = self.similarities(different).max(1).values
-        self.threshold = float(torch.quantile(nearest, 1 - fmr, interpolation="higher"))
-        return self.threshold
-
-    def nearest(self, images: Pictures) -> list[Match]:
-        """The most similar reference of each picture; a copy is *above* the calibrated threshold."""
-        best = self.similarities(images).max(1)
-        return [
-            matched(self.ids[i], s, self.name, self.threshold)
-            for s, i in zip(best.values.tolist(), best.indices.tolist(), strict=True)
-        ]

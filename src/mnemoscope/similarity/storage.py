@@ -95,6 +95,7 @@ class IndexManifest(Record):
     hashes: dict[str, str] = Field(default_factory=dict)
     """SHA-256 of the other files, when the last build ended."""
     threshold: float | None = None
+    layout_threshold: float | None = None
     """Similarity above which the nearest reference is called the origin of a copy; None: not calibrated."""
     calibration: Calibrated | None = None
     search: dict[str, Any] | None = None
