@@ -12,7 +12,7 @@ from mnemoscope.detect.magnitude import magnitude
 from mnemoscope.errors import CannotAudit, UsageError
 from mnemoscope.models.gaussian import Gaussian
 from mnemoscope.models.sampling import denoise
-from mnemoscope.similarity.pixels import ReferenceSet
+from mnemoscope.similarity.reference import ReferenceSet
 
 
 @pytest.fixture(scope="module")

@@ -35,7 +35,7 @@ from mnemoscope.records.store import Run, digest
 from mnemoscope.records.table import prompt_scores
 from mnemoscope.report.html import write_report
 from mnemoscope.report.summary import read_summary
-from mnemoscope.similarity.pixels import ReferenceSet
+from mnemoscope.similarity.reference import ReferenceSet
 from mnemoscope.types import Latents
 
 PROMPTS = ["a cat", "the mona lisa", "two dogs on a beach", "", "a bad one"]

@@ -16,7 +16,7 @@ from mnemoscope.audit.run import Progress
 from mnemoscope.cli import main as cli
 from mnemoscope.cli import screen
 
-COMMANDS = ["demo", "check", "audit", "calibrate", "report", "ls", "doctor", "gate", "index", "duplicates", "view"]
+COMMANDS = ["demo", "check", "explain", "audit", "calibrate", "report", "ls", "doctor", "gate", "index", "duplicates", "view"]
 
 
 @pytest.mark.parametrize(
@@ -43,7 +43,7 @@ def test_every_command_has_an_example_that_runs_it(run, command):
 
 
 def test_options_are_the_names_of_the_configuration():
-    columns = {"column", "id_column", "group_column", "label_column"}
+    columns = {"column", "id_column", "group_column", "label_column", "family_column", "swap_column"}
     renamed = {"window", "model_option"}  # an option of the magnitude; name=value pairs of model_options
     fields = set(AuditConfig.model_fields) - {"model_options"}
     assert cli.AUDIT_OPTIONS - columns - renamed == fields

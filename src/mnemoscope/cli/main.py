@@ -15,9 +15,14 @@ import typer
 from ..errors import MnemoscopeError, UsageError
 from . import screen
 from .duplicates import duplicates
+from .explain import explain
 from .gate import gate
 from .index import index_app
-from .pairs import read_pairs
+from .opening import bundled_calibration, reference_set
+from .packet import pack, verify
+from .pairs import model_options
+from .replay import replay
+from .studio import studio
 from .view import view
 
 if TYPE_CHECKING:
@@ -51,6 +56,16 @@ Column = Annotated[str | None, _option("Column of the prompt; default: prompt, c
 IdColumn = Annotated[str | None, _option("Column of the prompt's id.")]
 GroupColumn = Annotated[str | None, _option("Column of the prompt's group.")]
 LabelColumn = Annotated[str | None, _option("Column that says which prompts are known to be memorized.")]
+FamilyColumn = Annotated[str | None, _option("Column of the prompt's family: of one picture, brand or layout.")]
+SwapColumn = Annotated[str | None, _option("Column of another caption of the prompt's picture, for --controls swap.")]
+Controls = Annotated[
+    list[str] | None,
+    _option(
+        "Test the score against more than ordinary prompts: case-fold, title-case, swap, within-family, matched (commas between, "
+        "or repeat).",
+        "--controls",
+    ),
+]
 Seeds = Annotated[int | None, _option("Generations per prompt; default 4.")]
 BaseSeed = Annotated[int | None, _option("Another base gives other starting noises; default 0.")]
 SeedMode = Annotated[str | None, _option("shared (one bank of noises for all prompts) or per-prompt.")]
@@ -176,12 +191,12 @@ def check(
     from ..models.load import load
 
     found = Calibration.load(calibration) if calibration else None
-    target = load(model, dtype=dtype, device=device, **_options(model_option))
-    _say_target(target)
+    target = load(model, dtype=dtype, device=device, **model_options(model_option))
+    screen.say_target(target)
     accept = bool(accept_threshold)
     if found is None and model == "demo":
-        found = _bundled_calibration(target, guidance, steps, seeds, window, accept)
-    reference = _bundled_reference(model) if images else None
+        found = bundled_calibration(target, guidance, steps, seeds, window, accept)
+    reference = reference_set(None, model) if images else None
     result = check_prompt(
         target,
         prompt,
@@ -215,7 +230,10 @@ def audit(
     id_column: IdColumn = None,
     group_column: GroupColumn = None,
     label_column: LabelColumn = None,
+    family_column: FamilyColumn = None,
+    swap_column: SwapColumn = None,
     detectors: Detectors = None,
+    controls: Controls = None,
     window: Window = None,
     seeds: Seeds = None,
     base_seed: BaseSeed = None,
@@ -348,7 +366,7 @@ def report(
 @app.command(name="ls")
 def list_installed(
     what: Annotated[
-        str, typer.Argument(help="detectors, targets, descriptors or prompts (the bundled ones).")
+        str, typer.Argument(help="detectors, targets, descriptors, caption_scores or prompts (the bundled ones).")
     ] = "detectors",
     group: Annotated[str | None, _option("With prompts: only this group.")] = None,
     as_json: AsJson = False,
@@ -371,7 +389,7 @@ def list_installed(
             for r in (world.captions(group) if group else world.captions(*_GROUPS))
         ]
     else:
-        known = ("detectors", "targets", "descriptors")
+        known = ("detectors", "targets", "descriptors", "caption_scores")
         if what not in known:
             raise UnknownName("list", what, [*known, "prompts"])
         columns = ["name", "package", "from"]
@@ -382,6 +400,11 @@ def list_installed(
 
             columns[1:1] = ["needs", "costs"]
             rows = [[name, *describe(e), *origin] for e, (name, *origin) in zip(found, rows, strict=True)]
+        if what == "descriptors":
+            from ..similarity.nulls import in_words
+
+            columns[1:1] = ["0.1 % of different pairs of the bundled world are above"]
+            rows = [[name, in_words(name), *origin] for name, *origin in rows]
     if as_json:
         screen.show_json([dict(zip(columns, r, strict=True)) for r in rows])
     else:
@@ -404,8 +427,13 @@ def doctor(as_json: AsJson = False) -> None:
 
 
 app.command()(duplicates)
+app.command()(explain)
 app.command()(gate)
 app.add_typer(index_app, name="index")
+app.command()(pack)
+app.command()(replay)
+app.command()(studio)
+app.command()(verify)
 app.command()(view)
 
 
@@ -413,7 +441,8 @@ app.command()(view)
 
 _GROUPS = ("planted", "recaptioned", "template", "ordinary", "heldout")
 AUDIT_OPTIONS = frozenset({
-    "model", "prompts", "column", "id_column", "group_column", "label_column", "detectors", "window", "seeds", "base_seed", "seed_mode",
+    "model", "prompts", "column", "id_column", "group_column", "label_column", "family_column", "swap_column",
+    "detectors", "controls", "window", "seeds", "base_seed", "seed_mode",
     "guidance", "steps", "batch_size", "images", "reference", "calibration", "accept_threshold",
     "out", "dtype", "device", "max_errors", "limit", "shard", "notes",
     "model_option",
@@ -427,11 +456,12 @@ def _settings(config: Path | None, options: dict[str, Any]) -> AuditConfig:
 
     given = {k: v for k, v in options.items() if v is not None and v != []}
     window = given.pop("window", None)
-    columns = {k: given.pop(k) for k in ("column", "id_column", "group_column", "label_column") if k in given}
+    names = ("column", "id_column", "group_column", "label_column", "family_column", "swap_column")
+    columns = {k: given.pop(k) for k in names if k in given}
     if "prompts" in given or columns:
         given["prompts"] = {**({"path": str(given["prompts"])} if "prompts" in given else {}), **columns}
     if "model_option" in given:
-        given["model_options"] = _options(given.pop("model_option"))
+        given["model_options"] = model_options(given.pop("model_option"))
     if "reference" in given:
         given.setdefault("images", True)
     for name in ("calibration", "out", "reference"):
@@ -456,14 +486,6 @@ def _number(text: str) -> int | float | str:
     return text
 
 
-def _options(pairs: list[str] | None) -> dict[str, Any]:
-    """``name=value`` pairs for the loader."""
-    found = read_pairs("--model-option", pairs, "revision=main")
-    for name in found.keys() & {"dtype", "device"}:
-        raise UsageError(f"--model-option {name}: write --{name} {found[name]}.")
-    return found
-
-
 def _load(settings: AuditConfig) -> Target:
     from ..audit.request import choose_detectors, read_prompts_for
     from ..audit.run import load
@@ -473,13 +495,8 @@ def _load(settings: AuditConfig) -> Target:
     if settings.prompts is not None:
         read_prompts_for(settings)
     target = load(settings)
-    _say_target(target)
+    screen.say_target(target)
     return target
-
-
-def _say_target(target: Target) -> None:
-    reason = getattr(target, "dtype_reason", "")
-    screen.say(f"{target.name} on {target.device}, {reason or str(target.dtype).removeprefix('torch.')}")
 
 
 def _fresh(settings: AuditConfig) -> AuditConfig:
@@ -523,43 +540,11 @@ def _show_plan(settings: AuditConfig, *, as_json: bool) -> None:
     )
 
 
-def _bundled_calibration(
-    target: Target, guidance: float | None, steps: int, seeds: int, window: int, accept: bool
-) -> Any:
-    """The thresholds that come with the bundled model, where they were made under the same setting or another is accepted."""
-    from ..demo.world import World
-    from ..detect.calibrate import setting_of
-
-    g = target.guidance if guidance is None else guidance
-    setting = setting_of(
-        target.identity(), guidance=g, steps=steps, window=(0, window), seeds=seeds, seed_mode="shared"
-    )
-    found = World().thresholds
-    try:
-        found.check(setting, accept=accept)
-    except UsageError:
-        screen.say(
-            "The bundled thresholds were made with float32, guidance 3, 50 steps, 4 seeds, first step; not used here "
-            "(--accept-threshold)."
-        )
-        return None
-    return found
-
-
 def _reference(settings: AuditConfig) -> Any:
     """What pictures are compared with: the reference set that was named or, for the bundled model, its training pictures."""
-    if settings.reference is None:
-        return _bundled_reference(settings.model) if settings.images else None
-    from ..similarity.index import ReferenceIndex
-
-    return ReferenceIndex(settings.reference)
-
-
-def _bundled_reference(model: str | None) -> Any:
-    """For the bundled model copies can be looked for in what it was trained on."""
-    from ..demo.world import World
-
-    return World().reference if model == "demo" else None
+    if settings.reference is None and not settings.images:
+        return None
+    return reference_set(settings.reference, settings.model)
 
 
 def _write_pictures(images: Any, folder: Path) -> list[str]:

@@ -26,3 +26,11 @@ def read_pairs(option: str, pairs: Iterable[str] | None, example: str) -> dict[s
         except yaml.YAMLError:
             found[name] = text
     return found
+
+
+def model_options(pairs: list[str] | None) -> dict[str, Any]:
+    """``name=value`` pairs for the loader."""
+    found = read_pairs("--model-option", pairs, "revision=main")
+    for name in found.keys() & {"dtype", "device"}:
+        raise UsageError(f"--model-option {name}: write --{name} {found[name]}.")
+    return found

@@ -16,6 +16,7 @@ import typer
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from ..models.base import Target
     from ..report.summary import Summary
 
 log = logging.getLogger(__name__)
@@ -44,6 +45,12 @@ def say(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
 
+def say_target(target: Target) -> None:
+    """Which model runs where, in what precision and why."""
+    reason = getattr(target, "dtype_reason", "")
+    say(f"{target.name} on {target.device}, {reason or str(target.dtype).removeprefix('torch.')}")
+
+
 def fail(text: str) -> None:
     """An error sentence on stderr, quiet or not."""
     print(f"mnemoscope: {text}", file=sys.stderr, flush=True)
@@ -60,7 +67,7 @@ def table(
     """A table on a terminal (a line per row, cut at its edge, unless cells may wrap), tab-separated values when piped."""
     if not sys.stdout.isatty():
         for row in [columns, *rows]:
-            print("\t".join(_one_line(c) for c in row))
+            print("\t".join(one_line(c) for c in row))
         return
     from rich.console import Console
     from rich.table import Table
@@ -70,11 +77,11 @@ def table(
     for i, name in enumerate(columns):
         drawn.add_column(name, justify="right" if i in right else "left", overflow="ellipsis", no_wrap=not wrap)
     for row in rows:
-        drawn.add_row(*(Text(_one_line(c)) for c in row))
+        drawn.add_row(*(Text(one_line(c)) for c in row))
     Console().print(drawn)
 
 
-def _one_line(text: str) -> str:
+def one_line(text: str) -> str:
     """Prompts are hostile: no control characters reach the terminal."""
     return "".join(c if c.isprintable() else " " for c in text)
 
@@ -105,6 +112,9 @@ def show_summary(summary: Summary, *, most: int = 12) -> None:
         print(f"  {g.name}: {above}, {copies}")
     for d in summary.discrimination:
         print(f"  {d.name}: AUC {d.auc}, TPR below 1 % FPR {d.tpr} ({d.positives} against {d.negatives} prompts)")
+    for c in summary.controls:
+        found = "not measured" if c.auc is None else f"AUC {c.auc} ({c.positives} against {c.negatives} prompts)"
+        print(f"  {c.name}, {c.words}: {found}{f'; {c.note}' if c.note else ''}")
     for sentence in summary.untested:
         say(f"Note: {sentence}")
 

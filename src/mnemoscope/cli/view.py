@@ -43,8 +43,8 @@ def view(
             f"`mnemoscope view` needs {package}, which is not installed; install it with: pip install 'mnemoscope[view]'"
         ) from e
     app = create_app(folder, host=host, token=token)
-    with _bound(host, port) as listening:
-        print(_address(host, listening.getsockname()[1]), flush=True)
+    with bound(host, port) as listening:
+        print(address(host, listening.getsockname()[1]), flush=True)
         screen.say(
             f"Shows the runs in {folder}{'; asks for the token once: add ?token=… to the address' if token else ''}. Ctrl-C ends it."
         )
@@ -54,7 +54,7 @@ def view(
             raise typer.Exit(0) from None
 
 
-def _bound(host: str, port: int) -> socket.socket:
+def bound(host: str, port: int) -> socket.socket:
     """A socket that listens, or why there is none."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
@@ -76,7 +76,7 @@ def _bound(host: str, port: int) -> socket.socket:
     return listening
 
 
-def _address(host: str, port: int) -> str:
+def address(host: str, port: int) -> str:
     """What to open."""
     name = socket.gethostname() if host in ("0.0.0.0", "::") else host
     return f"http://{f'[{name}]' if ':' in name else name}:{port}/"

@@ -99,8 +99,8 @@ def read_audited(folders: Sequence[Path], detectors: Collection[str] = (), clust
         UsageError: the folders are not of one audit, or of a calibration.
         UnknownName: the run has no score of that name, and no such detector is installed.
     """
-    with _joined(folders) as folder:
-        base = read_summary(folder)
+    with joined(folders) as folder:
+        base = read_summary(folder, separate=False)
         names = dict.fromkeys([*detectors, *([base.detector] if base.detector else [])])
         scored = {name: base if name == base.detector else _scored(folder, name) for name in names}
     found = [f for f in base.findings if f.seeds or f.failed]
@@ -110,7 +110,7 @@ def read_audited(folders: Sequence[Path], detectors: Collection[str] = (), clust
         name=" + ".join(f.resolve().name for f in folders),
         status=base.manifest.status,
         asked=base.manifest.asked,
-        done=sum(f.seeds for f in found),
+        done=sum(f.seeds for f in (*base.findings, *base.variants)),
         cases=tuple(
             _case(f, {name: by_key.get(name, {}).get(_key(f)) for name in scored}, int(cluster), folders)
             for f, cluster in zip(found, family, strict=True)
@@ -151,7 +151,7 @@ def _key(f: Finding) -> tuple[str, str]:
 def _scored(folder: Path, detector: str) -> Summary | None:
     """The summary under one score; None where the run lacks it although it could have had it."""
     try:
-        return read_summary(folder, detector=detector)
+        return read_summary(folder, detector=detector, separate=False)
     except UnknownName as e:
         detectors = installed("detector")
         if detector in detectors:
@@ -196,19 +196,24 @@ def _method(base: Summary, name: str, summary: Summary | None) -> dict[str, Any]
 
 
 @contextmanager
-def _joined(folders: Sequence[Path]) -> Iterator[Path]:
-    """One run folder; the shards of an audit are merged into one that is deleted afterwards."""
+def joined(folders: Sequence[Path], *, calibrations: bool = False) -> Iterator[Path]:
+    """One run folder; the shards of an audit are merged, without pictures, into one that is deleted afterwards.
+
+    Raises:
+        RunError: a folder holds no run or is damaged.
+        UsageError: the folders are not of one audit, or of a calibration where ``calibrations`` are not wanted.
+    """
     runs = [Run(folder) for folder in folders]
     if not runs:
-        raise UsageError("there is no run to judge; name a run folder.")
+        raise UsageError("there is no run to read; name a run folder.")
     for run in runs:
-        if run.manifest.kind == "calibrate":
+        if run.manifest.kind == "calibrate" and not calibrations:
             raise UsageError(
                 f"{run.folder} is a calibration: prompts chosen to be ordinary prove nothing; name an audit."
             )
         if apart := differences(_asked(runs[0]), _asked(run)):
             raise UsageError(
-                f"{runs[0].folder} and {run.folder} are no shards of one audit ({apart[0]}); judge one audit at a time."
+                f"{runs[0].folder} and {run.folder} are no shards of one audit ({apart[0]}); take one audit at a time."
             )
     if len(runs) == 1:
         yield runs[0].folder

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from .. import stats
 from ..errors import UsageError
@@ -12,6 +13,54 @@ from .findings import Finding
 
 TEXT_SCORES = {"ngrams": "text only: character n-grams", "capitals": "text only: capitals and digits"}
 """How the two text-only scores are called."""
+
+CONTROLS = {
+    "overall": "all labeled prompts",
+    "given-text": "within strata of the text score",
+    "matched": "against ordinary prompts of like text score",
+    "within-family": "within families",
+    "swap": "against other captions of the same pictures",
+    "case-fold": "all in lower case",
+    "title-case": "all with every word capitalized",
+}
+"""What is compared with what, under each control."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One score under one control, as ``controls.json`` holds it.
+
+    Attributes:
+        detector: The score.
+        control: What was held fast.
+        positives: Memorized prompts that were compared.
+        negatives: What they were compared with.
+        auc: None: not measured.
+        note: Why it was not, or what else there is to say.
+    """
+
+    detector: str
+    control: str
+    positives: int
+    negatives: int
+    auc: stats.Interval | None
+    note: str = ""
+
+    @classmethod
+    def parse(cls, stored: Mapping[str, Any]) -> Comparison:
+        """From plain values; raises KeyError or TypeError where they are something else."""
+        auc = stored["auc"]
+        return cls(**{**stored, "auc": None if auc is None else stats.Interval(**auc)})
+
+    @property
+    def name(self) -> str:
+        """What to call the score."""
+        return TEXT_SCORES.get(self.detector, self.detector)
+
+    @property
+    def words(self) -> str:
+        """What was compared with what."""
+        return CONTROLS.get(self.control, self.control)
 
 
 @dataclass(frozen=True)
@@ -26,6 +75,7 @@ class Baseline:
         clusters: Near-duplicate cluster of each prompt: the unit that intervals resample.
         separations: AUC and TPR by the name of the score, for those that could be computed.
         reason: Why something could not be computed, in a sentence.
+        table: AUCs under controls, where the audit was asked for them.
     """
 
     prompts: Sequence[str]
@@ -33,6 +83,7 @@ class Baseline:
     clusters: Sequence[int]
     separations: Mapping[str, stats.Separation]
     reason: str = ""
+    table: Sequence[Comparison] = ()
 
     @classmethod
     def parse(cls, data: bytes) -> Baseline:
@@ -44,7 +95,8 @@ class Baseline:
                 name: stats.Separation(stats.Interval(**v["auc"]), stats.Interval(**v["tpr"]), v["fpr"])
                 for name, v in found.items()
             }
-            made = cls(stored["prompts"], stored["scores"], stored["clusters"], separations, stored["reason"])
+            table = tuple(Comparison.parse(row) for row in stored.get("table", ()))
+            made = cls(stored["prompts"], stored["scores"], stored["clusters"], separations, stored["reason"], table)
             if len(made.clusters) != len(made.prompts) or len(made.scores) not in (0, len(made.prompts)):
                 raise ValueError(
                     f"{len(made.clusters)} clusters and {len(made.scores)} scores for {len(made.prompts)} prompts"
@@ -87,6 +139,12 @@ class Discrimination:
     def tpr(self) -> stats.Interval:
         """True-positive rate strictly below 1 % false positives, with its interval."""
         return self.separation.tpr
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values; the first threshold of the curve is ∞."""
+        curve = None if self.roc is None else {k: getattr(self.roc, k).tolist() for k in ("fpr", "tpr", "threshold")}
+        counts = {"positives": self.positives, "negatives": self.negatives}
+        return {"score": self.name, **counts, **asdict(self.separation), "roc": curve}
 
 
 def discriminations(

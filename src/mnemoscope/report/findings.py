@@ -81,6 +81,8 @@ class Finding:
         borderline: The score is within rounding of the threshold: another machine may call it differently.
         copies: Seeds with a copy found.
         compared: Seeds whose picture was compared with references under a calibrated descriptor.
+        templates: Seeds with a template copy found: most of a reference, not the whole of it.
+        layouts: Seeds whose layout was compared under a calibrated threshold.
         dropped: Tokens of the prompt that the encoder never saw.
         fpr: The false-positive rate that ``above`` refers to.
         foreign: The threshold was made under another setting than the run's.
@@ -101,6 +103,8 @@ class Finding:
     borderline: bool
     copies: int
     compared: int
+    templates: int
+    layouts: int
     dropped: int
     fpr: float | None
     foreign: bool
@@ -113,9 +117,9 @@ class Finding:
         return next((shot.nearest for shot in self.shots if shot.nearest is not None), None)
 
     @property
-    def severity(self) -> tuple[int, bool, float]:
-        """Larger is worse: more seeds with a copy found, then above threshold before not, then the score."""
-        return self.copies, bool(self.above), -math.inf if self.score is None else self.score
+    def severity(self) -> tuple[int, int, bool, float]:
+        """Larger is worse: more seeds with a copy found, then with a template copy, then above threshold before not, then the score."""
+        return self.copies, self.templates, bool(self.above), -math.inf if self.score is None else self.score
 
     @property
     def score_words(self) -> str:
@@ -140,12 +144,23 @@ class Finding:
         best = self.best
         if best is None:
             return "copies: not tested"
-        named = f"{best.descriptor} {best.similarity:.2f}, reference {reference(best.reference)}"
+        beside = "" if best.reconstruction is None else f" ({best.reconstruction:.2f} to its reconstruction)"
+        named = f"{best.descriptor} {best.similarity:.2f}{beside}, reference {reference(best.reference)}"
         if not self.compared:
             return f"nearest {named}; not calibrated, so no copy is called"
         if not self.copies:
             return f"no copy found in {self.compared} of {self.seeds} seeds (nearest {named})"
         return f"copy found ({named}) in {self.copies} of {self.compared} seeds"
+
+    @property
+    def template_words(self) -> str:
+        """``template copy (layout 0.91, reference #17) in 2 of 4 seeds``; empty: none, or not tested."""
+        if not self.templates:
+            return ""
+        found = [n for shot in self.shots if (n := shot.nearest) is not None and n.template_found]
+        best = max(found, key=lambda n: n.layout or 0.0)
+        named = f"layout {best.layout or 0.0:.2f}, reference {reference(str(best.layout_reference))}"
+        return f"template copy ({named}) in {self.templates} of {self.layouts} seeds"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -165,9 +180,10 @@ class Finding:
             "threshold_of_another_setting": self.foreign,
             "copies": self.copies,
             "compared": self.compared,
+            "templates": self.templates,
             "nearest": None if best is None else best.model_dump(),
             "tokens_dropped": self.dropped,
-            "words": [self.score_words, self.copy_words],
+            "words": [words for words in (self.score_words, self.copy_words, self.template_words) if words],
         }
 
 
@@ -183,6 +199,8 @@ class Evidence:
     failed: int = 0
     copies: int = 0
     compared: int = 0
+    templates: int = 0
+    layouts: int = 0
     dropped: int = 0
     steps: dict[str, list[np.ndarray]] = field(default_factory=dict)
     shots: list[tuple[Shot, dict[str, float]]] = field(default_factory=list)
@@ -197,6 +215,9 @@ class Evidence:
         if row.nearest is not None and row.nearest.copy_found is not None:
             self.compared += 1
             self.copies += row.nearest.copy_found
+        if row.nearest is not None and row.nearest.template_found is not None:
+            self.layouts += 1
+            self.templates += row.nearest.template_found
         for name, score in row.scores.items():
             self.steps.setdefault(name, []).append(np.asarray(score.per_step, dtype=np.float32))
         values = {name: score.value for name, score in row.scores.items()}
@@ -315,6 +336,8 @@ def _finding(
         borderline=verdict.borderline if verdict else False,
         copies=e.copies,
         compared=e.compared,
+        templates=e.templates,
+        layouts=e.layouts,
         dropped=e.dropped,
         fpr=thresholds.fpr if thresholds else None,
         foreign=foreign,
@@ -329,7 +352,8 @@ def _mean_steps(curves: Sequence[np.ndarray]) -> np.ndarray:
     return np.mean([c[:length] for c in curves], axis=0) if length else np.empty(0, dtype=np.float32)
 
 
-def _closeness(shot: Shot) -> tuple[bool, float, int]:
-    if shot.nearest is None:
-        return False, -math.inf, -shot.seed
-    return bool(shot.nearest.copy_found), shot.nearest.similarity, -shot.seed
+def _closeness(shot: Shot) -> tuple[bool, bool, float, int]:
+    near = shot.nearest
+    if near is None:
+        return False, False, -math.inf, -shot.seed
+    return bool(near.copy_found), bool(near.template_found), near.similarity, -shot.seed

@@ -6,7 +6,6 @@ security policy holds it to that. Prompts are hostile input; they enter through 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -22,6 +21,7 @@ from ..errors import UsageError
 from ..records.store import write_whole
 from ..stats import Interval, Roc
 from . import plots
+from .archive import sha256_file
 from .findings import Finding
 from .pictures import Picture, Pictures
 from .summary import Group, Summary, read_summary
@@ -157,7 +157,7 @@ def _view(
     bars = {
         f"{g.name}/{kind}": plots.interval(share.k, share.n, share.low, share.high)
         for g in summary.groups[:GROUPS]
-        for kind, share in (("above", g.above), ("copies", g.copies))
+        for kind, share in (("above", g.above), ("copies", g.copies), ("templates", g.templates))
         if share is not None
     }
     return View(f"run{index + 1}", summary, facts, chosen, _figures(summary), bars)
@@ -190,7 +190,7 @@ def _facts(folder: Path, detector: str | None) -> dict[str, Any]:
         "summary": summary,
         "model": run.model,
         "axis": f"score ({summary.detector}{', ' + summary.space + '-space' if summary.space else ''})",
-        "hashes": {p.name: _sha256(p) for p in _evidence_files(folder)},
+        "hashes": {p.name: sha256_file(p) for p in _evidence_files(folder)},
         "target": _flat(run.target),
         "config": json.dumps(run.config, indent=2, ensure_ascii=False, sort_keys=True, default=str),
         "machine": _flat(run.machine),
@@ -202,15 +202,6 @@ def _facts(folder: Path, detector: str | None) -> dict[str, Any]:
 def _evidence_files(folder: Path) -> list[Path]:
     named = [folder / "run.json", folder / "thresholds.json", folder / "controls.json"]
     return sorted(folder.glob("samples*.jsonl")) + [p for p in named if p.exists()]
-
-
-def _sha256(path: Path) -> str:
-    """Of the file as it is now, read in pieces."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while piece := file.read(1 << 20):
-            digest.update(piece)
-    return digest.hexdigest()
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
@@ -286,7 +277,7 @@ def _series(summary: Summary) -> list[plots.Series]:
 
 def _parts(summary: Summary) -> list[tuple[str, list[Finding]]]:
     """Audited prompts by group, in the order of the group table; the smallest groups together when there are many."""
-    scored = [f for f in summary.findings if f.score is not None]
+    scored = [f for f in (*summary.findings, *summary.variants) if f.score is not None]
     if not summary.groups:
         return [("audited prompts", scored)]
     by_size = sorted(summary.groups, key=lambda g: g.prompts, reverse=True)

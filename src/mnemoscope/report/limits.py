@@ -21,6 +21,7 @@ def untested(
     needed: int,
     rounding: float,
     foreign: Sequence[str],
+    variants: Sequence[Finding] = (),
 ) -> Iterator[str]:
     """Sentences, the gravest first; what the run itself noted comes last, as it stands.
 
@@ -32,8 +33,11 @@ def untested(
         needed: Seeds that a prompt must have to be judged.
         rounding: Relative rounding within which a score is borderline.
         foreign: Where the threshold was made under another setting than the run's.
+        variants: Prompts that controls made from others.
     """
-    yield from _missing(manifest, findings)
+    yield from _missing(manifest, [*findings, *variants])
+    if variants:
+        yield f"{prompts(len(variants))} made for controls {verb(len(variants), 'is', 'are')} no part of the numbers above."
     if thresholds is not None:
         yield from _judgment(findings, needed, rounding)
         yield from _warrant(thresholds, foreign)
@@ -108,7 +112,7 @@ def _comparison(findings: Sequence[Finding], reference: Any) -> Iterator[str]:
         yield "The descriptor is not calibrated, so similarities are listed and no copy is called."
     elif left:
         yield f"{prompts(left)} of {len(findings):,} {verb(left, 'has', 'have')} no image that was compared with references."
-    if any(f.copies for f in findings):
+    if any(f.copies and not f.layouts for f in findings):
         yield "Verbatim copies and copies of a template were not told apart."
     size = reference.get("pictures") if isinstance(reference, dict) else None
     among = f"Copies were looked for among {prompts(size, 'reference image')}. " if isinstance(size, int) else ""

@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from pydantic import ValidationError
@@ -20,8 +20,18 @@ from ..errors import RunError, UsageError
 from ..records.schema import Manifest, Row, Thresholds
 from ..records.store import Run
 from ..records.table import prompt_scores
-from .discrimination import Baseline, Discrimination, discriminations
-from .findings import Finding, Share, findings_of, gather, other_setting, rounding_of, seeds_of, seeds_to_judge
+from .discrimination import Baseline, Comparison, Discrimination, discriminations
+from .findings import (
+    Evidence,
+    Finding,
+    Share,
+    findings_of,
+    gather,
+    other_setting,
+    rounding_of,
+    seeds_of,
+    seeds_to_judge,
+)
 from .limits import untested
 from .words import NO_GROUP, expected, percent, prompts, verb
 
@@ -64,6 +74,8 @@ class Group:
     copies: Share | None
     dose: int | None
     """Copies of each picture in training, where known."""
+    templates: Share | None = None
+    """Prompts with a template copy and no verbatim one; None: layouts were not compared."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,6 +98,9 @@ class Summary:
         groups: The group table; empty without groups.
         discrimination: AUC and TPR of the detector and of the text-only baseline; empty without labels.
         untested: What was not tested, and why, in sentences.
+        unseparated: That of them which says why AUC and TPR are missing, of the detector or the baseline; else empty.
+        controls: AUCs under controls, where the audit was asked for them.
+        variants: Prompts that controls made from others. They stand in the group table, and are no part of any other number.
     """
 
     name: str
@@ -103,6 +118,9 @@ class Summary:
     groups: list[Group]
     discrimination: list[Discrimination]
     untested: list[str]
+    unseparated: str = ""
+    controls: Sequence[Comparison] = ()
+    variants: Sequence[Finding] = ()
 
     def __str__(self) -> str:
         return self.headline
@@ -190,35 +208,34 @@ class Summary:
             "significant": self.significant,
             "false_discovery_rate": FALSE_DISCOVERIES if self.significant is not None else None,
             "threshold": _threshold(self),
-            "groups": [{**asdict(g), "above": _share(g.above), "copies": _share(g.copies)} for g in self.groups],
-            "discrimination": [
+            "groups": [
                 {
-                    "score": d.name,
-                    "positives": d.positives,
-                    "negatives": d.negatives,
-                    **asdict(d.separation),
-                    "roc": None
-                    if d.roc is None
-                    else {k: getattr(d.roc, k).tolist() for k in ("fpr", "tpr", "threshold")},
+                    **asdict(g),
+                    "above": _share(g.above),
+                    "copies": _share(g.copies),
+                    "templates": _share(g.templates),
                 }
-                for d in self.discrimination
+                for g in self.groups
             ],
+            "discrimination": [d.to_dict() for d in self.discrimination],
+            "controls": [{**asdict(c), "words": c.words} for c in self.controls],
             "worst": [f.to_dict() for f in self.worst],
             "not_tested": self.untested,
             "manifest": self.manifest.model_dump(mode="json"),
         }
-        return _finite(out)
+        return finite(out)
 
 
 # From a run to a summary --------------------------------------------------------------------------------------------------
 
 
-def read_summary(folder: str | Path, *, detector: str | None = None) -> Summary:
+def read_summary(folder: str | Path, *, detector: str | None = None, separate: bool = True) -> Summary:
     """The summary of a run folder: its rows, and ``thresholds.json`` and ``controls.json`` where they are.
 
     Args:
         folder: A run folder.
         detector: Which score; None: the calibrated one, else the first one of the run.
+        separate: Whether AUC and TPR are computed, whose intervals take most of the time; readers of single prompts can do without.
 
     Raises:
         RunError: the folder holds no run, or a file of it is damaged.
@@ -227,7 +244,8 @@ def read_summary(folder: str | Path, *, detector: str | None = None) -> Summary:
     run = Run(folder)
     thresholds = read_part(run.folder / "thresholds.json", Thresholds.model_validate_json)
     baseline = read_part(run.folder / "controls.json", Baseline.parse)
-    return summarize(_Rows(run), run.manifest, thresholds, baseline, detector=detector, name=run.folder.resolve().name)
+    name = run.folder.resolve().name
+    return summarize(_Rows(run), run.manifest, thresholds, baseline, detector=detector, name=name, separate=separate)
 
 
 def summarize(
@@ -238,6 +256,7 @@ def summarize(
     *,
     detector: str | None = None,
     name: str = "run",
+    separate: bool = True,
 ) -> Summary:
     """Summarize rows.
 
@@ -248,6 +267,7 @@ def summarize(
         baseline: Scores of the text-only baseline.
         detector: Which score; None: the calibrated one, else the first one seen.
         name: What to call the run.
+        separate: Whether AUC and TPR are computed.
 
     Raises:
         UsageError: ``rows`` can be iterated only once.
@@ -265,9 +285,14 @@ def summarize(
     seeds = seeds_of(evidence)
     needed = seeds_to_judge(used, manifest, seeds)
     rounding, foreign = rounding_of(manifest, used), other_setting(used, manifest)
-    findings = findings_of(evidence, scored, chosen, used, needed, rounding, bool(foreign))
-    discrimination, missing = discriminations(findings, chosen, baseline)
-    gaps = list(untested(manifest, findings, used, seeds, needed=needed, rounding=rounding, foreign=foreign))
+    findings, variants = (
+        findings_of(part, {k: s for k, s in scored.items() if k in part}, chosen, used, needed, rounding, bool(foreign))
+        for part in _asked_and_made(evidence)
+    )
+    discrimination, missing = discriminations(findings, chosen, baseline) if separate else ([], "")
+    gaps = list(
+        untested(manifest, findings, used, seeds, needed=needed, rounding=rounding, foreign=foreign, variants=variants)
+    )
     if strange and thresholds is not None:
         gaps.insert(
             0, f"The thresholds belong to {thresholds.detector}, the scores shown to {chosen}; they were not used."
@@ -288,10 +313,22 @@ def summarize(
         findings=sorted(findings, key=lambda f: f.severity, reverse=True),
         figures=_figures(findings, used, foreign, seeds),
         significant=sum(v <= FALSE_DISCOVERIES for v in q) if used and not foreign else None,
-        groups=_groups(findings, manifest.doses),
+        groups=_groups([*findings, *variants], manifest.doses),
         discrimination=discrimination,
         untested=gaps,
+        unseparated=missing,
+        controls=baseline.table if baseline else (),
+        variants=variants,
     )
+
+
+_Key: TypeAlias = tuple[str, str]
+
+
+def _asked_and_made(evidence: Mapping[_Key, Evidence]) -> tuple[dict[_Key, Evidence], dict[_Key, Evidence]]:
+    """Prompts that were asked for, and those that controls made from them."""
+    made = {key: e for key, e in evidence.items() if e.row.control is not None}
+    return {key: e for key, e in evidence.items() if key not in made}, made
 
 
 class _Rows:
@@ -350,6 +387,11 @@ def _copies(findings: Iterable[Finding]) -> Share | None:
     return Share.of(sum(f.copies > 0 for f in compared), len(compared)) if compared else None
 
 
+def _templates(findings: Iterable[Finding]) -> Share | None:
+    compared = [f for f in findings if f.layouts]
+    return Share.of(sum(f.templates > 0 and not f.copies for f in compared), len(compared)) if compared else None
+
+
 def _above_meaning(thresholds: Thresholds | None, foreign: Sequence[str]) -> str:
     if thresholds is None:
         return "Needs the scores of ordinary prompts of the same model."
@@ -386,6 +428,14 @@ def _copies_meaning(copies: Share | None) -> str:
 
 
 def _copies_detail(findings: Sequence[Finding], seeds: int) -> str:
+    templates = _templates(findings)
+    beside = ""
+    if templates is not None and templates.k:
+        beside = f"Most of a reference image, not all of it (a template copy), was found for {prompts(templates.k, 'further prompt')}."
+    return " ".join(part for part in (_seeds_detail(findings, seeds), beside) if part)
+
+
+def _seeds_detail(findings: Sequence[Finding], seeds: int) -> str:
     if seeds < 2:
         return ""
     counts = {k: sum(f.copies >= k for f in findings) for k in sorted({2, seeds})}
@@ -404,7 +454,7 @@ def _group(name: str | None, members: Sequence[Finding], doses: Mapping[str, int
     scores = [f.score for f in members if f.score is not None]
     middle = float(np.median(scores)) if scores else None
     dose = None if name is None else doses.get(name)
-    return Group(name or NO_GROUP, len(members), middle, _above(members), _copies(members), dose)
+    return Group(name or NO_GROUP, len(members), middle, _above(members), _copies(members), dose, _templates(members))
 
 
 # Plain values -------------------------------------------------------------------------------------------------------------
@@ -425,13 +475,13 @@ def _threshold(summary: Summary) -> dict[str, Any] | None:
     }
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
     """JSON has no infinity: None stands for it."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    return [_finite(item) for item in value] if isinstance(value, (list, tuple)) else value
+        return {key: finite(item) for key, item in value.items()}
+    return [finite(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def read_part(path: Path, read: Callable[[bytes], Any]) -> Any:

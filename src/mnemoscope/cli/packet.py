@@ -1,0 +1,74 @@
+"""``mnemoscope pack`` and ``mnemoscope verify``: an audit as one archive, and whether such an archive is sound. Needs no torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from . import screen
+
+AsJson = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
+
+
+def pack(
+    runs: Annotated[list[Path], typer.Argument(help="A run folder, or the folders of one audit's shards.")],
+    out: Annotated[
+        Path | None, typer.Option(help="File to write; default RUN.packet.zip beside the run.", show_default=False)
+    ] = None,
+    images: Annotated[
+        bool,
+        typer.Option("--images/--no-images", help="Pack the pictures too; they may be other people's."),
+    ] = True,
+    as_json: AsJson = False,
+) -> None:
+    """Pack a run for somebody who was not there: rows, splits, hashes, seeds, thresholds, ROC, what was not tested.
+
+    Example: mnemoscope pack runs/demo
+    """
+    from ..report.packet import pack as write
+
+    packed = write(runs, out, images=images)
+    if as_json:
+        screen.show_json(packed.to_dict())
+        return
+    if packed.status != "done":
+        screen.say(f"Note: the run is {packed.status}, and the packet says so.")
+    print(packed.path)
+    print(f"digest {packed.digest}")
+    screen.say(f"{packed.files} files, {screen.size(packed.size)}. Check with: mnemoscope verify {packed.path}")
+    screen.say(
+        "Note the digest, sign it, or have it timestamped: whoever has it can tell whether anything was changed since."
+    )
+
+
+def verify(
+    packet: Annotated[Path, typer.Argument(help="A packet of `mnemoscope pack`.")],
+    digest: Annotated[
+        str | None, typer.Option(help="The digest that was noted when it was packed.", show_default=False)
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Check a packet: every sum, and that its numbers follow from its rows. Exit 0: sound; 1: not; 2: cannot be read.
+
+    Example: mnemoscope verify runs/demo.packet.zip
+    """
+    from ..report.verify import verify as check
+
+    found = check(packet, expected=digest)
+    if as_json:
+        screen.show_json(found.to_dict())
+        raise typer.Exit(found.exit_code)
+    for fault in found.faults:
+        print(f"fault: {screen.one_line(fault)}")
+    print(screen.one_line(found.headline))
+    if found.digest is not None:
+        print(f"digest {found.digest}")
+    for checked in found.checked:
+        screen.say(f"Checked: {screen.one_line(checked)}")
+    for note in found.notes:
+        screen.say(f"Note: {screen.one_line(note)}")
+    if digest is None and found.sound:
+        screen.say("Note: compare the digest with the one that was noted when the packet was made (--digest).")
+    raise typer.Exit(found.exit_code)

@@ -1,0 +1,202 @@
+"""``mnemoscope replay``: samples of a run computed once more, from its folder or from a packet."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ..errors import UsageError
+from . import screen
+from .opening import reference_set
+from .pairs import read_pairs
+
+if TYPE_CHECKING:
+    from ..audit.replay import Evidence, Replayed, Sampled
+    from ..models.base import Target
+
+MARGIN = 40
+"""Characters of a prompt that the table shows."""
+
+
+def replay(
+    run: Annotated[Path, typer.Argument(help="A run folder, or a packet of `mnemoscope pack`.")],
+    ids: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="Ids of samples, or of prompts: all of their seeds. None: a random draw.", show_default=False
+        ),
+    ] = None,
+    sample: Annotated[int, typer.Option(min=1, help="How many samples are drawn when no id is given.")] = 8,
+    seed: Annotated[int, typer.Option(help="Of the draw.")] = 0,
+    everything: Annotated[bool, typer.Option("--all", help="All samples.")] = False,
+    model: Annotated[
+        str | None, typer.Option(help="The model, where it is not where the run found it.", show_default=False)
+    ] = None,
+    model_option: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="name=value handed to the loader instead of the recorded options; repeatable.", show_default=False
+        ),
+    ] = None,
+    accept_model: Annotated[
+        bool, typer.Option("--accept-model", help="Go on with another model than the recorded one; the result says so.")
+    ] = False,
+    reference: Annotated[
+        Path | None, typer.Option(help="Reference set that pictures were compared with.", show_default=False)
+    ] = None,
+    tolerance: Annotated[
+        float | None,
+        typer.Option(help="Relative tolerance; default: the rounding of scores in this precision.", show_default=False),
+    ] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Samples per batch; default: that of the run.", show_default=False)
+    ] = None,
+    dtype: Annotated[str | None, typer.Option(help="Default: the recorded one.", show_default=False)] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, …", show_default=False)] = None,
+    out: Annotated[Path | None, typer.Option(help="JSON file to write the result to.", show_default=False)] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
+) -> None:
+    """Compute samples again and compare. Exit 0: they agree; 1: they differ; 2: wrong command; 3: cannot be judged.
+
+    Example: mnemoscope replay runs/demo --sample 4
+    """
+    with _evidence(run) as evidence:
+        screen.say(f"Loading {model or evidence.manifest.config.get('model') or 'the model'} …")
+        from ..audit.replay import choose, config_of
+        from ..audit.replay import replay as compute
+        from ..report.summary import finite
+
+        rows = choose(evidence, ids or (), sample=sample, seed=seed, everything=everything)
+        changes = {"model": model, "dtype": dtype, "device": device, "batch_size": batch_size}
+        options = read_pairs("--model-option", model_option, "revision=main") if model_option else None
+        config = config_of(evidence.manifest, model_options=options, **changes)
+        if config.model is None:
+            raise UsageError(f"{run} does not say which model it was made with; name it with --model.")
+        target = _load(config)
+        known = _reference(evidence, reference) if any(row.nearest for row in rows) else None
+        with screen.stoppable(), screen.progress("replay") as progress:
+            found = compute(
+                evidence,
+                rows,
+                target,
+                config,
+                reference=known,
+                rtol=tolerance,
+                accept_model=accept_model,
+                progress=progress,
+            )
+    said = finite(found.to_dict())  # JSON has no infinity
+    if out is not None:
+        from ..records.store import write_whole
+
+        text = json.dumps(said, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+        screen.say(f"Written: {write_whole(out, text.encode())}")
+    if as_json:
+        screen.show_json(said)
+    else:
+        _show(found)
+    raise typer.Exit(found.exit_code)
+
+
+# What is replayed ---------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _evidence(path: Path) -> Iterator[Evidence]:
+    """A folder, or a packet whose sums hold."""
+    if path.is_dir() or not path.exists():
+        yield _of_folder(path)
+        return
+    from ..report.archive import Archive
+    from ..report.packet import Records
+    from ..report.verify import sound_packet
+
+    sound_packet(path)
+    with Archive(path) as archive:
+        from ..audit.replay import Evidence
+
+        records = Records(archive)
+        yield Evidence(path.name, records.manifest, lambda: iter(records), records.thresholds(), records.picture)
+
+
+def _of_folder(folder: Path) -> Evidence:
+    from ..records.schema import Thresholds
+    from ..records.store import Run
+    from ..report.packet import inside
+    from ..report.summary import read_part
+
+    run = Run(folder)
+    thresholds = read_part(folder / "thresholds.json", Thresholds.model_validate_json)
+    from ..audit.replay import Evidence
+
+    def picture(name: str) -> bytes | None:
+        file = inside(folder, name)
+        return None if file is None else file.read_bytes()
+
+    return Evidence(folder.resolve().name, run.manifest, run.rows, thresholds, picture)
+
+
+def _load(config: Any) -> Target:
+    from ..audit.request import load
+
+    target = load(config)
+    screen.say_target(target)
+    return target
+
+
+def _reference(evidence: Evidence, folder: Path | None) -> Any:
+    """The reference set that was named, or the bundled one where the run was compared with that."""
+    found = reference_set(folder, evidence.manifest.config.get("model"))
+    if folder is None and found is not None:
+        from ..audit.replay import other_reference
+
+        if apart := other_reference(evidence.manifest, found):
+            screen.say(f"Note: the bundled reference set is not the one of the run ({'; '.join(apart[:3])}).")
+            return None
+    return found
+
+
+# What is shown ------------------------------------------------------------------------------------------------------------
+
+
+def _show(found: Replayed) -> None:
+    columns = ["result", "call", "sample", "seed", "prompt", "largest difference"]
+    rows = [
+        [r.outcome, r.call or "–", r.id, str(r.seed), r.prompt[:MARGIN] or "(empty prompt)", _largest(r)]
+        for r in found.rows
+    ]
+    screen.table(columns, rows, right=(3,), wrap=True)
+    for r in found.rows:
+        for reason in r.reasons:
+            screen.say(f"{r.id}: {screen.one_line(reason)}")
+    print()
+    for name in found.borderline:
+        print(f"borderline: {screen.one_line(name)}: another machine may call it differently")
+    print(screen.one_line(found.headline))
+    screen.say(
+        f"Tolerance: {found.rtol:.2g}, {found.why}; pictures: {found.levels:g} gray levels. "
+        f"{found.forwards} denoiser forwards, {screen.duration(found.seconds)}."
+    )
+    for difference in found.accepted:
+        screen.say(f"Note: another model was accepted: {screen.one_line(difference)}")
+    for note in found.notes:
+        screen.say(f"Note: {screen.one_line(note)}")
+
+
+def _largest(row: Sampled) -> str:
+    """The gravest of a sample's differences, in words."""
+    from typing import get_args
+
+    from ..audit.replay import Outcome
+
+    apart = [c for c in row.changes if c.outcome != "same"]
+    if not apart:
+        return "none" if row.changes else "–"
+    worst = max(apart, key=lambda c: (get_args(Outcome).index(c.outcome), c.difference))
+    values = "" if worst.was is None or worst.now is None else f" ({worst.was:.6g} then, {worst.now:.6g} now)"
+    return f"{worst.what}: {worst.difference:.2g}{values}"

@@ -1,0 +1,228 @@
+"""A zip archive as evidence: the same contents give the same bytes, every file has its sum, and nothing in it is trusted.
+
+``SHA256SUMS`` holds one line for each other file, as ``sha256sum`` writes them; its own SHA-256 is the digest of the whole. What is
+read was made by somebody else: names that lead out of a folder, names that come twice, and archives that unpack to far more
+than they are, are never unpacked.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import struct
+import zipfile
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+
+from ..errors import RunError
+
+__all__ = ["SUMS", "Archive", "add", "parse_sums", "pieces_of", "plain", "sha256_file", "sha256_of", "write_sums"]
+
+SUMS = "SHA256SUMS"
+"""The file that lists all others; the SHA-256 of this one is the digest of the archive."""
+
+EPOCH = (1980, 1, 1, 0, 0, 0)
+"""The date of every file, the first that zip has: when an archive was made must not change its bytes."""
+
+PIECE = 1 << 20
+"""Bytes that are in memory at once."""
+
+WHOLE = 1 << 28
+"""The most bytes of a file that is read at once."""
+
+ALWAYS, RATIO = 1 << 30, 100
+"""An archive may unpack to 1 GiB, and to more where that is not more than so many times its own size."""
+
+LONGEST = 1 << 24
+"""The most bytes of one line."""
+
+COMPRESSED = (".webp", ".png", ".jpg", ".jpeg")
+"""Endings of files that compression makes no smaller."""
+
+UNREADABLE = (
+    zipfile.BadZipFile,
+    zlib.error,
+    struct.error,
+    OSError,
+    EOFError,
+    ValueError,
+    OverflowError,
+    RuntimeError,
+    NotImplementedError,
+)
+"""What :mod:`zipfile` raises at archives that are damaged, encrypted, or made to harm."""
+
+
+def plain(name: str) -> bool:
+    """Whether a name is a relative path that means the same on every system and stays inside its folder."""
+    forbidden = re.search(r'[\\:*?"<>|]', name) or not name.isprintable() or len(name.encode(errors="replace")) > 255
+    return not forbidden and all(part.strip(" ") and part.strip(".") for part in name.split("/"))
+
+
+def pieces_of(path: Path) -> Iterator[bytes]:
+    """What a file on disk holds, in pieces; raises RunError where it cannot be read."""
+    try:
+        with path.open("rb") as file:
+            while piece := file.read(PIECE):
+                yield piece
+    except OSError as e:
+        raise RunError(f"{path} cannot be read ({e.strerror or e}); restore it, or ask for the right to.") from e
+
+
+def sha256_of(data: Iterable[bytes]) -> str:
+    """SHA-256 of the pieces together, in hexadecimal digits."""
+    found = hashlib.sha256()
+    for piece in data:
+        found.update(piece)
+    return found.hexdigest()
+
+
+def sha256_file(path: Path) -> str:
+    """Of a file on disk as it is now, read in pieces."""
+    return sha256_of(pieces_of(path))
+
+
+# Writing ------------------------------------------------------------------------------------------------------------------
+
+
+def add(archive: zipfile.ZipFile, name: str, data: Iterable[bytes], *, size: int = 0) -> None:
+    """Add a file.
+
+    Args:
+        archive: Open for writing.
+        name: Its path, see :func:`plain`.
+        data: Its contents, in pieces.
+        size: About how many bytes that will be; matters beyond 2 GB.
+    """
+    entry = zipfile.ZipInfo(name, EPOCH)
+    entry.create_system, entry.external_attr = 3, 0o644 << 16  # the same on every system
+    entry.compress_type = zipfile.ZIP_STORED if name.endswith(COMPRESSED) else zipfile.ZIP_DEFLATED
+    with archive.open(entry, "w", force_zip64=size > 1 << 30) as out:
+        for piece in data:
+            out.write(piece)
+
+
+def write_sums(sums: Mapping[str, str]) -> bytes:
+    """``SHA256SUMS``, from SHA-256 by name."""
+    return "".join(f"{sums[name]}  {name}\n" for name in sorted(sums)).encode()
+
+
+def parse_sums(data: bytes) -> dict[str, str]:
+    """SHA-256 by name.
+
+    Raises:
+        RunError: a line is something else.
+    """
+    found: dict[str, str] = {}
+    for number, line in enumerate(data.decode(errors="replace").splitlines(), 1):
+        parts = re.fullmatch(r"([0-9a-f]{64})  (.+)", line)
+        if parts is None or parts[2] in found:
+            raise RunError(f"line {number} of {SUMS} is damaged; get the packet again from whoever made it.")
+        found[parts[2]] = parts[1]
+    return found
+
+
+# Reading ------------------------------------------------------------------------------------------------------------------
+
+
+class Archive:
+    """An archive, opened for reading; a context manager.
+
+    Args:
+        path: The file.
+
+    Attributes:
+        faults: What is wrong with its list of files, in sentences; such files are left out of ``names``.
+        names: Its files, by name.
+
+    Raises:
+        RunError: it is no zip archive, cannot be read, or unpacks to far more than it is.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        try:
+            self._file = zipfile.ZipFile(self.path)
+        except FileNotFoundError:
+            raise RunError(f"{self.path} does not exist; name a packet that `mnemoscope pack RUN` wrote.") from None
+        except UNREADABLE as e:
+            raise RunError(f"{self.path} is no whole zip archive ({e}); get the packet again.") from e
+        self.faults: list[str] = []
+        self.names: dict[str, zipfile.ZipInfo] = {}
+        try:
+            self._refuse_bombs()
+        except RunError:
+            self.close()
+            raise
+        folded: set[str] = set()
+        for entry in self._file.infolist():
+            if entry.is_dir() and not entry.file_size and plain(entry.filename[:-1]):
+                continue  # other programs list folders too
+            if fault := self._fault(entry, folded):
+                self.faults.append(fault)
+            else:
+                self.names[entry.filename] = entry
+
+    def __enter__(self) -> Archive:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+    def pieces(self, name: str) -> Iterator[bytes]:
+        """A file's contents; never more bytes than the archive says it has.
+
+        Raises:
+            RunError: there is no such file, or it is damaged.
+        """
+        if name not in self.names:
+            raise RunError(f"{self.path} holds no {name}; get the packet again from whoever made it.")
+        try:
+            with self._file.open(self.names[name]) as file:
+                while piece := file.read(PIECE):
+                    yield piece
+        except UNREADABLE as e:
+            raise RunError(f"{name} cannot be read ({e}); get the packet again from whoever made it.") from e
+
+    def lines(self, name: str) -> Iterator[bytes]:
+        """A file's lines with their breaks; errors as :meth:`pieces`, and for one longer than any of ours."""
+        rest = b""
+        for piece in self.pieces(name):
+            *lines, rest = (rest + piece).split(b"\n")
+            yield from (line + b"\n" for line in lines)
+            if len(rest) > LONGEST:
+                raise RunError(f"{name} has a line of more than {LONGEST} bytes; it is not read.")
+        if rest:
+            yield rest
+
+    def read(self, name: str) -> bytes:
+        """All of a file; errors as :meth:`pieces`, and for one that is too large to be what it is named."""
+        if name in self.names and self.names[name].file_size > WHOLE:
+            raise RunError(f"{name} has {self.names[name].file_size} bytes, more than {WHOLE}; it is not read.")
+        return b"".join(self.pieces(name))
+
+    def sha256(self, name: str) -> str:
+        """SHA-256 of a file; errors as :meth:`pieces`."""
+        return sha256_of(self.pieces(name))
+
+    def _refuse_bombs(self) -> None:
+        entries, size = self._file.infolist(), self.path.stat().st_size
+        unpacked, packed = sum(e.file_size for e in entries), sum(e.compress_size for e in entries)
+        if unpacked > max(ALWAYS, RATIO * size) or packed > size:
+            raise RunError(f"{self.path} has {size} bytes and claims to hold {unpacked}; it is not unpacked.")
+
+    def _fault(self, entry: zipfile.ZipInfo, folded: set[str]) -> str | None:
+        name, key = entry.filename, entry.filename.casefold()
+        if not plain(name) or name != entry.orig_filename:
+            return f"the name {name!a} leads out of a folder, or is none that every system allows"
+        if key in folded:
+            return f"{name} is there twice"
+        folded.add(key)
+        if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            return f"{name} is compressed in another way than packets are"
+        return None

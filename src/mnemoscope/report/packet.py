@@ -1,0 +1,474 @@
+"""A packet: one archive with all that an audit's numbers rest on, for somebody who was not there.
+
+    run.json          the manifest as the run left it          packet.json   the same in one place: access, what was not tested,
+    samples.jsonl     every row, each sample once                            seeds, versions, counts, thresholds, parts
+    thresholds.json   scores of ordinary prompts, if any       splits.json   the frozen prompts with group, label and cluster
+    controls.json     the text-only baseline, if any           roc.json      ROC arrays, AUC and TPR with intervals
+    images/…          the pictures that rows name              report.html   for people; README.txt says how to check by hand
+
+What stands on the left is evidence, copied byte for byte; what stands on the right follows from it (:func:`derive`), and
+:mod:`.verify` lets it follow once more. Sums of all files are in ``SHA256SUMS``. There is no date in it and no pickle: packing the
+same run twice gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import filecmp
+import json
+import os
+import zipfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from importlib.metadata import version
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from ..errors import RunError, UsageError
+from ..records.schema import Manifest, Nearest, Row, Thresholds
+from ..records.store import JUDGED_BY, Run, explained, whole
+from .archive import SUMS, Archive, add, pieces_of, plain, sha256_file, sha256_of, write_sums
+from .audited import joined
+from .discrimination import Baseline
+from .html import SHOWN, write_report
+from .summary import Summary, finite, summarize
+
+__all__ = [
+    "FORMAT",
+    "Facts",
+    "Packed",
+    "Records",
+    "derive",
+    "encoded",
+    "inside",
+    "named_by",
+    "pack",
+    "summary_of",
+    "tools",
+]
+
+FORMAT = 1
+
+PACKET, SPLITS, ROC, REPORT, README = "packet.json", "splits.json", "roc.json", "report.html", "README.txt"
+
+EVIDENCE = ("run.json", "samples.jsonl")
+"""What no packet can be without."""
+
+READ_ME = """This archive is a packet of mnemoscope: the evidence of one audit of an image model for memorized training pictures.
+
+packet.json     what was audited, with which access, command, settings, seeds and versions; what was not tested; what was found
+run.json        the record that the audit itself kept, model and file hashes included
+samples.jsonl   every sample: prompt, seed, scores, nearest reference picture
+splits.json     the prompts with their groups, known labels and near-duplicate clusters
+roc.json        ROC arrays, and AUC and TPR with their intervals
+thresholds.json scores of ordinary prompts, from which the threshold follows (if the audit was calibrated)
+controls.json   what the wording of the prompts alone can tell (if labels were known)
+report.html     the same for people; open it in any browser
+images/         pictures that rows name (if they were packed)
+SHA256SUMS      SHA-256 of every other file
+
+To check it without mnemoscope, unpack it into an empty folder, and there:
+
+    sha256sum -c SHA256SUMS     every line must end in OK, and there must be no further file
+    sha256sum SHA256SUMS        must give the digest that was noted when the packet was made
+
+With mnemoscope: `mnemoscope verify PACKET` lets all numbers follow from the rows once more,
+`mnemoscope replay PACKET` computes samples again where the model is at hand.
+
+A score is evidence, not a verdict. The sums show that nothing was changed since the digest was noted; they do not show who made
+the packet, or that the audit was an honest one.
+"""
+
+
+# Reading ------------------------------------------------------------------------------------------------------------------
+
+_Record = TypeVar("_Record", bound=BaseModel)
+
+
+class Records:
+    """The records of one run inside an archive. Iterating gives its rows, from the start each time.
+
+    Raises:
+        RunError: (on reading a part) it is missing or damaged; the message names it.
+    """
+
+    def __init__(self, archive: Archive):
+        self.archive = archive
+
+    def __iter__(self) -> Iterator[Row]:
+        for number, line in enumerate(self.archive.lines("samples.jsonl"), 1):
+            yield self._parsed(Row, line, f"line {number} of samples.jsonl")
+
+    @cached_property
+    def manifest(self) -> Manifest:
+        """``run.json``."""
+        return self._parsed(Manifest, self.archive.read("run.json"), "run.json")
+
+    @property
+    def judged_by(self) -> list[str]:
+        """Files of thresholds, that of the report first."""
+        named = [n for n in self.archive.names if n.startswith("thresholds") and n.endswith(".json") and "/" not in n]
+        return sorted(named, key=lambda n: (n != "thresholds.json", n))
+
+    def thresholds(self, name: str = "thresholds.json") -> Thresholds | None:
+        """Scores of ordinary prompts; None: the run was not calibrated."""
+        return self._parsed(Thresholds, self.archive.read(name), name) if name in self.archive.names else None
+
+    @cached_property
+    def baseline(self) -> Baseline | None:
+        """``controls.json``; None: there is none."""
+        if "controls.json" not in self.archive.names:
+            return None
+        try:
+            return Baseline.parse(self.archive.read("controls.json"))
+        except ValueError as e:
+            raise RunError(f"controls.json is damaged ({e}); get the packet again from whoever made it.") from e
+
+    def picture(self, name: str) -> bytes | None:
+        """A picture that rows name; None: it was not packed."""
+        return self.archive.read(name) if name in self.archive.names else None
+
+    def _parsed(self, kind: type[_Record], data: bytes, name: str) -> _Record:
+        try:
+            return kind.model_validate_json(data)
+        except ValidationError as e:
+            first = e.errors(include_url=False)[0]
+            where = ".".join(map(str, first["loc"])) or "content"
+            raise RunError(f"{name} is damaged ({where}: {first['msg']}); restore it before anything else.") from e
+
+
+# What follows from the records --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a packet says that does not follow from the records.
+
+    Attributes:
+        run: What to call the run.
+        parts: The folders that were packed: status, command, versions, sums of their files.
+        pictures: Which pictures are in the packet, and the sums of those that were left out.
+        made_with: Versions of what computed the numbers.
+    """
+
+    run: str
+    parts: list[dict[str, Any]]
+    pictures: dict[str, Any]
+    made_with: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A packet that was written.
+
+    Attributes:
+        path: The file.
+        digest: SHA-256 of its ``SHA256SUMS``: what to write down, sign, or have timestamped.
+        size: Of the file, in bytes.
+        files: How many files are in it.
+        status: Of the run.
+        counts: Samples asked, ok, failed, missing; prompts; pictures.
+        notes: What a reader must know first.
+    """
+
+    path: Path
+    digest: str
+    size: int
+    files: int
+    status: str
+    counts: dict[str, int]
+    notes: list[str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values."""
+        return {**vars(self), "path": str(self.path)}
+
+
+def tools() -> dict[str, str]:
+    """Versions of what computes the numbers of a packet."""
+    return {package: version(package) for package in ("mnemoscope", "numpy", "scipy", "scikit-learn")}
+
+
+def summary_of(records: Records, name: str, detector: str | None = None) -> Summary:
+    """The report's numbers, of the records alone; errors as :func:`~mnemoscope.report.summary.summarize`."""
+    return summarize(records, records.manifest, records.thresholds(), records.baseline, detector=detector, name=name)
+
+
+def derive(records: Records, summary: Summary, facts: Facts) -> dict[str, dict[str, Any]]:
+    """The files that follow from the records, by name, as plain values.
+
+    Raises:
+        RunError: a record is damaged.
+    """
+    splits, counts = _splits(records)
+    return {
+        PACKET: finite(_statement(summary, counts, facts)),
+        SPLITS: splits,
+        ROC: finite(_roc(records, summary)),
+    }
+
+
+def encoded(value: Mapping[str, Any]) -> bytes:
+    """A file of the packet from its plain values."""
+    return (json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()
+
+
+def _statement(summary: Summary, counts: dict[str, Any], facts: Facts) -> dict[str, Any]:
+    run, said = summary.manifest, summary.to_dict()
+    seen = counts.pop("seeds")
+    return {
+        "format": FORMAT,
+        "made_with": facts.made_with,
+        "run": facts.run,
+        "kind": run.kind,
+        "status": run.status,
+        "counts": {**counts, "asked": run.asked, "missing": max(run.asked - counts["ok"] - counts["failed"], 0)},
+        "found": {k: said[k] for k in ("detector", "above_threshold", "copy_found", "both", "significant")},
+        "headline": said["headline"],
+        "subline": said["subline"],
+        "access": _access(summary),
+        "not_tested": said["not_tested"],
+        "command": run.command,
+        "model": run.model,
+        "target": run.target,
+        "setting": run.setting,
+        "config": run.config,
+        "seeds": {
+            "per_prompt": run.config.get("seeds"),
+            "base_seed": run.setting.get("base_seed"),
+            "seed_mode": run.setting.get("seed_mode"),
+            "seen": seen,
+        },
+        "versions": run.versions,
+        "git": run.git,
+        "machine": run.machine,
+        "started": run.started,
+        "ended": run.ended,
+        "accepted": run.accepted,
+        "threshold": said["threshold"],
+        "reference": run.config.get("reference"),
+        "pictures": facts.pictures,
+        "parts": facts.parts,
+    }
+
+
+def _access(summary: Summary) -> list[str]:
+    """What the auditor had: the model's inside, and pictures to compare with."""
+    scores = ", ".join(summary.manifest.setting.get("detectors", {})) or summary.detector or "no detector"
+    hashed = "weights" in summary.manifest.target or "parameters" in summary.manifest.target
+    model = (
+        f"Model: its weights were loaded, and its predictions were read inside the sampler ({scores}). "
+        f"{'Hashes of the weights are under target.' if hashed else 'The run recorded no hash of the weights.'}"
+    )
+    if all(f.best is None for f in summary.findings):
+        return [model, "Training pictures: none were at hand, or none were compared with."]
+    reference = summary.manifest.config.get("reference")
+    size = reference.get("pictures") if isinstance(reference, dict) else None
+    many = f"{size:,} reference pictures" if isinstance(size, int) else "reference pictures"
+    return [model, f"Pictures: generated ones were compared with {many}; that the model was shown these is not tested."]
+
+
+def _splits(records: Records) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The frozen prompts in the order of the rows, and counts on the way."""
+    baseline = records.baseline
+    cluster = dict(zip(baseline.prompts, baseline.clusters, strict=True)) if baseline else {}
+    prompts: dict[tuple[str, str], dict[str, Any]] = {}
+    counts: dict[str, Any] = {"ok": 0, "failed": 0}
+    seeds: set[int] = set()
+    for row in records:
+        counts["ok" if row.status == "ok" else "failed"] += 1
+        seeds.add(row.seed)
+        fresh: dict[str, Any] = {
+            "id": row.prompt_id,
+            "prompt": row.prompt,
+            "group": row.group,
+            "label": row.label,
+            "family": row.family,
+            "control": row.control,
+            "origin": row.origin,
+            "cluster": cluster.get(row.prompt),
+            "samples": [],
+        }
+        prompts.setdefault((row.prompt_id, row.prompt), fresh)["samples"].append(row.id)
+    counts |= {"prompts": len(prompts), "seeds": sorted(seeds)}
+    return {"format": FORMAT, "prompts": list(prompts.values())}, counts
+
+
+def _roc(records: Records, summary: Summary) -> dict[str, Any]:
+    """Curves of all detectors, the report's first, then of the wording alone; and why one is missing."""
+    names = dict.fromkeys([summary.detector] if summary.detector else [])
+    for row in records:
+        names |= dict.fromkeys(row.scores)
+    own, name_of = summary.detector, summary.name
+    views = {name: summary if name == own else summary_of(records, name_of, name) for name in names}
+    found = [d for view in views.values() for d in view.discrimination[:1]] + summary.discrimination[1:]
+    why = {name: view.unseparated for name, view in views.items() if view.unseparated}
+    why |= {name: NO_LABELS for name, view in views.items() if not view.discrimination and name not in why}
+    if not summary.discrimination[1:]:
+        why.setdefault("text only", "No text-only baseline of these prompts is stored, or none could be computed.")
+    return {"format": FORMAT, "scores": [d.to_dict() for d in found], "missing": why}
+
+
+NO_LABELS = "No scored prompt has a known label, so there is nothing to separate."
+
+
+# Packing ------------------------------------------------------------------------------------------------------------------
+
+
+def pack(folders: Sequence[str | Path], out: str | Path | None = None, *, images: bool = True) -> Packed:
+    """Write a packet.
+
+    Args:
+        folders: A run folder, or the folders of one audit's shards (in any order). The run need not be done; the packet says so.
+        out: The file; default ``<run folder>.packet.zip`` beside the (first) folder.
+        images: Whether the pictures that rows name are packed. They may be other people's; without them their sums are kept, so
+            that a picture that is shown later can be recognized.
+
+    Raises:
+        RunError: a folder holds no run or is damaged, or the packet cannot be written.
+        UsageError: the folders are not of one audit, or another packet is there already.
+    """
+    given = _in_order([Path(f) for f in folders])
+    path = Path(out) if out is not None else given[0].with_name(f"{given[0].resolve().name}.packet.zip")
+    with joined(given, calibrations=True) as folder, explained(path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with whole(path) as half:
+            packed = _write(Path(half), path, folder, given, images)
+            if path.exists() and not filecmp.cmp(half, path, shallow=False):
+                raise UsageError(
+                    f"{path} is there and holds something else, and its digest may have been noted; name another file with --out, "
+                    f"or delete it."
+                )
+    return packed
+
+
+def _in_order(folders: list[Path]) -> list[Path]:
+    """Shards in the order of their numbers, however they were named."""
+    if len(folders) < 2:
+        return folders
+
+    def place(folder: Path) -> tuple[int, str]:
+        shard = str(Run(folder).manifest.config.get("shard") or "").partition("/")[0]
+        return int(shard) if shard.isdecimal() else -1, folder.resolve().name
+
+    return sorted(folders, key=place)
+
+
+def _write(half: Path, path: Path, folder: Path, given: Sequence[Path], images: bool) -> Packed:
+    run = Run(folder)
+    with zipfile.ZipFile(half, "w") as archive:
+        add(archive, "run.json", pieces_of(folder / "run.json"))
+        add(archive, "samples.jsonl", run.lines(), size=sum(f.stat().st_size for f in run.files()))
+        for file in sorted(f for pattern in JUDGED_BY for f in folder.glob(pattern) if plain(f.name)):
+            add(archive, file.name, pieces_of(file))
+    with Archive(half) as archive:
+        pictures = _pictures(named_by(Records(archive)), given)
+    if images:
+        with zipfile.ZipFile(half, "a") as archive:
+            for name, picture in pictures.items():
+                if picture is not None:
+                    add(archive, name, pieces_of(picture), size=picture.stat().st_size)
+    facts = Facts(_name(given), [_part(f) for f in given], _described(pictures, images), tools())
+    with Archive(half) as archive:
+        summary = summary_of(Records(archive), facts.run)
+        derived = derive(Records(archive), summary, facts)
+        report = _report(archive, summary)
+    with zipfile.ZipFile(half, "a") as archive:
+        for name, value in derived.items():
+            add(archive, name, [encoded(value)])
+        add(archive, README, [READ_ME.encode()])
+        add(archive, REPORT, [report])
+    with Archive(half) as archive:
+        sums = write_sums({name: archive.sha256(name) for name in archive.names})
+    with zipfile.ZipFile(half, "a") as archive:
+        add(archive, SUMS, [sums])
+    with half.open("rb+") as content:
+        os.fsync(content.fileno())
+    said = derived[PACKET]
+    files, size = sums.count(b"\n") + 1, half.stat().st_size
+    return Packed(path, sha256_of([sums]), size, files, said["status"], said["counts"], said["not_tested"])
+
+
+def _name(given: Sequence[Path]) -> str:
+    first = given[0].resolve().name
+    return first if len(given) == 1 else f"{first} and {len(given) - 1} more"
+
+
+def _part(folder: Path) -> dict[str, Any]:
+    """One folder that was packed, and the sums of its files as they stand there."""
+    run = Run(folder)
+    judged_by = [f for pattern in JUDGED_BY for f in folder.glob(pattern)]
+    files = [folder / "run.json", *run.files(), *judged_by]
+    kept = {"status", "command", "started", "ended", "versions", "git", "machine", "accepted", "notes"}
+    return {
+        "folder": folder.resolve().name,
+        "shard": run.manifest.config.get("shard"),
+        **run.manifest.model_dump(mode="json", include=kept),
+        "files": {f.name: sha256_file(f) for f in sorted(files)},
+    }
+
+
+# Pictures
+
+
+def named_by(rows: Iterable[Row]) -> list[str]:
+    """Names of the pictures that rows speak of, generated and reference ones."""
+    found: dict[str, None] = {}
+    for row in rows:
+        found |= dict.fromkeys(_files(row.image, row.nearest))
+    return sorted(found)
+
+
+def _files(image: str | None, nearest: Nearest | None) -> list[str]:
+    """The picture of one sample, and those of the references beside it."""
+    beside = [nearest.file, nearest.layout_file] if nearest is not None else []
+    return [name for name in (image, *beside) if name is not None]
+
+
+def _pictures(names: Iterable[str], folders: Sequence[Path]) -> dict[str, Path | None]:
+    """Where each picture is; None: nowhere, or not inside a run folder."""
+    found: dict[str, Path | None] = {}
+    folded: set[str] = set()
+    for name in names:
+        file = next((f for d in folders if (f := inside(d, name)) is not None), None)
+        # Two names that differ in their letters' case alone would be one file on some systems.
+        found[name] = None if name.casefold() in folded else file
+        folded.add(name.casefold())
+    return found
+
+
+def inside(folder: Path, name: str) -> Path | None:
+    """The file of that name in a folder of the run folder; None: there is none, or its name leads out."""
+    if not plain(name) or "/" not in name:  # next to the records only these themselves
+        return None
+    file = (folder / name).resolve()
+    return file if file.is_relative_to(folder.resolve()) and file.is_file() else None
+
+
+def _described(pictures: Mapping[str, Path | None], images: bool) -> dict[str, Any]:
+    there = {name: file for name, file in pictures.items() if file is not None}
+    return {
+        "packed": len(there) if images else 0,
+        "left_out": {} if images else {name: sha256_file(file) for name, file in there.items()},
+        "missing": [name for name, file in pictures.items() if file is None],
+    }
+
+
+# The report
+
+
+def _report(archive: Archive, summary: Summary) -> bytes:
+    """``report.html`` of exactly the records in the archive, with the pictures that are there."""
+    shots = [shot for finding in summary.findings[:SHOWN] for shot in finding.shots]
+    named = [name for shot in shots for name in _files(shot.image, shot.nearest)]
+    with TemporaryDirectory() as parent:
+        folder = Path(parent) / summary.name
+        for name in dict.fromkeys([*EVIDENCE, *Records(archive).judged_by, "controls.json", *named]):
+            if name in archive.names:
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                with (folder / name).open("wb") as out:
+                    out.writelines(archive.pieces(name))
+        return write_report(folder).read_bytes()
