@@ -17,12 +17,14 @@ _HOME = {
     "AuditConfig": "audit.config",
     "Calibration": "detect.calibrate",
     "Condition": "models.base",
+    "Explainer": "explain.tokens",
+    "Explanation": "explain.tokens",
     "Gaussian": "models.gaussian",
     "Magnitude": "detect.magnitude",
-    "MnemoscopeError": "errors",
     "Mixture": "models.mixture",
+    "MnemoscopeError": "errors",
     "Pixels": "similarity.pixels",
-    "ReferenceSet": "similarity.pixels",
+    "ReferenceSet": "similarity.reference",
     "Run": "records.store",
     "Step": "types",
     "Target": "models.base",
@@ -30,10 +32,14 @@ _HOME = {
     "calibrate": "audit.run",
     "check": "audit.check",
     "denoise": "models.sampling",
+    "explain_prompt": "explain.tokens",
     "load": "models.load",
     "magnitude": "detect.magnitude",
     "null_output": "models.sampling",
+    "overlay": "explain.overlay",
+    "regions": "explain.regions",
     "run_audit": "audit.run:audit",
+    "suggest": "explain.edits",
     "summarize": "report.summary",
     "watch": "models.watch",
     "write_report": "report.html",
@@ -49,6 +55,12 @@ if TYPE_CHECKING:
     from .detect.magnitude import Magnitude as Magnitude
     from .detect.magnitude import magnitude as magnitude
     from .errors import MnemoscopeError as MnemoscopeError
+    from .explain.edits import suggest as suggest
+    from .explain.overlay import overlay as overlay
+    from .explain.regions import regions as regions
+    from .explain.tokens import Explainer as Explainer
+    from .explain.tokens import Explanation as Explanation
+    from .explain.tokens import explain_prompt as explain_prompt
     from .models.base import Condition as Condition
     from .models.base import Target as Target
     from .models.gaussian import Gaussian as Gaussian
@@ -61,13 +73,15 @@ if TYPE_CHECKING:
     from .report.html import write_report as write_report
     from .report.summary import summarize as summarize
     from .similarity.pixels import Pixels as Pixels
-    from .similarity.pixels import ReferenceSet as ReferenceSet
+    from .similarity.reference import ReferenceSet as ReferenceSet
     from .types import Step as Step
 
 __all__ = [
     "AuditConfig",
     "Calibration",
     "Condition",
+    "Explainer",
+    "Explanation",
     "Gaussian",
     "Magnitude",
     "Mixture",
@@ -82,10 +96,14 @@ __all__ = [
     "calibrate",
     "check",
     "denoise",
+    "explain_prompt",
     "load",
     "magnitude",
     "null_output",
+    "overlay",
+    "regions",
     "run_audit",
+    "suggest",
     "summarize",
     "watch",
     "write_report",
