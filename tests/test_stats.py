@@ -267,6 +267,16 @@ def test_separation_is_both_numbers_and_stores_plainly():
     assert str(Interval(0.97912, 0.97, 0.98)) == "0.979 [0.970, 0.980]"
 
 
+@relaxed
+@given(labeled(), rates, st.integers(0, 99))
+def test_separation_counts_pairs_and_levels_once_and_gets_the_same(case, fpr, seed):
+    scores, labels = case
+    assume(min(sum(labels), len(labels) - sum(labels)) >= 2)
+    found = separation(scores, labels, fpr=fpr, resamples=8, seed=seed)
+    assert found.auc == cluster_bootstrap(auc, scores, labels, resamples=8, seed=seed)
+    assert found.tpr == cluster_bootstrap(partial(tpr_at_fpr, fpr=fpr), scores, labels, resamples=8, seed=seed)
+
+
 # Shares
 
 

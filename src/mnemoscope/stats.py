@@ -14,7 +14,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import TypeAlias
 
 import numpy as np
@@ -33,15 +32,18 @@ __all__ = [
     "auc",
     "balanced_accuracy",
     "benjamini_hochberg",
+    "bootstrap_ratio",
     "borderline",
     "clopper_pearson",
     "cluster_bootstrap",
     "conformal_p",
     "least_ordinary",
+    "pairs_within",
     "realized_fpr",
     "roc",
     "rounding",
     "separation",
+    "stratified_auc",
     "threshold_at_fpr",
     "tpr_at_fpr",
     "tpr_at_nearest_fpr",
@@ -187,22 +189,120 @@ def cluster_bootstrap(
         UsageError: a class has fewer than two clusters, or see :func:`roc`.
     """
     _rate("confidence", confidence)
-    if resamples < 1:
-        raise UsageError(f"resamples = {resamples} gives no interval; 1000 is usual.")
     scores, labels = _labelled(scores, labels, columns=True)
     unit, sizes = _units(labels, clusters)
     value = float(statistic(scores, labels))
     rng = np.random.default_rng(seed)
     drawn = np.array([statistic(scores[rows], labels[rows]) for rows in _resampled(unit, sizes, resamples, rng)])
+    return _percentile(value, drawn, min(sizes), confidence, share=share)
+
+
+def _percentile(value: float, drawn: np.ndarray, least: int, confidence: float, *, share: bool = True) -> Interval:
+    """The interval that values of resamples give; ``least``: clusters of the smaller class."""
     low, high = np.quantile(drawn, [(1 - confidence) / 2, (1 + confidence) / 2])
-    method, note = f"cluster bootstrap, percentile, {resamples} resamples", ""
-    least = min(sizes)
+    method, note = f"cluster bootstrap, percentile, {len(drawn)} resamples", ""
     if share and value in (0.0, 1.0) and np.ptp(drawn) == 0:
         exact = clopper_pearson(round(value * least), least, confidence)
         low, high, method = exact.low, exact.high, exact.method
         note = f"no resample differs from {value:g}; the bound is exact for {least} independent cases"
     elif least < FEW_CLUSTERS:
         note = f"only {least} clusters in a class: the interval is likely too narrow"
+    return Interval(value, min(float(low), value), max(float(high), value), confidence, method, note)
+
+
+def pairs_within(
+    scores: Numbers, labels: Numbers, strata: Numbers
+) -> tuple[Float[np.ndarray, " stratum"], Float[np.ndarray, " stratum"]]:
+    """Pairs of a memorized and an ordinary prompt of one stratum: those the memorized one wins (ties half), and all.
+
+    Strata that lack a class have no pair and are left out; the others come in the order of their numbers.
+    """
+    scores, labels = _labelled(scores, labels)
+    strata = _numbers(strata, "stratum")
+    won, pairs = [], []
+    for stratum in np.intersect1d(strata[labels], strata[~labels]):
+        inside = strata == stratum
+        positives = int(labels[inside].sum())
+        pairs.append(positives * (int(inside.sum()) - positives))
+        won.append(pairs[-1] * auc(scores[inside], labels[inside]))
+    return np.array(won, dtype=float), np.array(pairs, dtype=float)
+
+
+ROWS_AT_ONCE = 256
+"""Memorized prompts whose pairs with all ordinary ones are in memory together."""
+
+
+def stratified_auc(
+    scores: Numbers,
+    labels: Numbers,
+    clusters: Sequence[int | str] | np.ndarray | None = None,
+    strata: Numbers | None = None,
+    *,
+    resamples: int = 1000,
+    confidence: float = 0.95,
+    seed: int = 0,
+) -> Interval:
+    """The chance that a memorized prompt outscores an ordinary one of its stratum, ties half: Σ m o AUC / Σ m o over strata.
+
+    The interval is that of :func:`cluster_bootstrap`, on the same resamples, but the pairs are compared once and counted as often
+    as a resample holds them, which makes it as cheap for many strata as for one. A resample without any pair says nothing and is
+    left out.
+
+    Args:
+        scores: ``[row]``.
+        labels: ``[row]``, True for memorized.
+        clusters: As for :func:`cluster_bootstrap`.
+        strata: ``[row]``, fixed over resamples; None: all rows are one stratum, which makes it :func:`auc`.
+        resamples, confidence, seed: As for :func:`cluster_bootstrap`.
+
+    Raises:
+        UsageError: a class has fewer than two clusters, or no stratum holds both classes.
+    """
+    _rate("confidence", confidence)
+    scores, labels = _labelled(scores, labels)
+    strata = np.zeros(len(scores)) if strata is None else _numbers(strata, "stratum")
+    unit, sizes = _units(labels, clusters)
+    drawn = np.array(list(_times(unit, sizes, resamples, np.random.default_rng(seed))), dtype=float)
+    times = np.concatenate([np.ones((1, len(scores))), drawn])  # the first is the sample itself
+    won, pairs = np.zeros(resamples + 1), np.zeros(resamples + 1)
+    memorized, ordinary = np.flatnonzero(labels), np.flatnonzero(~labels)
+    for start in range(0, len(memorized), ROWS_AT_ONCE):
+        rows = memorized[start : start + ROWS_AT_ONCE]
+        same = (strata[rows][:, None] == strata[ordinary]).astype(float)
+        one, other = scores[rows][:, None], scores[ordinary]  # no difference, which two infinities do not have
+        won += ((times[:, rows] @ (same * ((one > other) + 0.5 * (one == other)))) * times[:, ordinary]).sum(1)
+        pairs += ((times[:, rows] @ same) * times[:, ordinary]).sum(1)
+    if not pairs[0]:
+        raise UsageError("there is no pair to compare: no stratum holds memorized and ordinary prompts.")
+    drawn = won[pairs > 0] / pairs[pairs > 0]  # the sample itself is there, so one is
+    return _percentile(float(drawn[0]), drawn[min(1, len(drawn) - 1) :], min(sizes), confidence)
+
+
+def bootstrap_ratio(
+    won: Numbers, pairs: Numbers, *, resamples: int = 1000, confidence: float = 0.95, seed: int = 0
+) -> Interval:
+    """Percentile interval of Σ won / Σ pairs, resampling strata: for :func:`pairs_within` where strata are independent cases.
+
+    Where every stratum is won, or none, the exact binomial bound for as many cases as there are strata takes its place, as in
+    :func:`cluster_bootstrap`.
+
+    Raises:
+        UsageError: there is no pair.
+    """
+    won, pairs = _numbers(won, "won"), _numbers(pairs, "pair")
+    n = len(pairs)
+    if not n or not pairs.sum() > 0:
+        raise UsageError("there is no pair to compare: no stratum holds memorized and ordinary prompts.")
+    value = float(won.sum() / pairs.sum())
+    if value in (0.0, 1.0):
+        exact = clopper_pearson(round(value * n), n, confidence)
+        return Interval(value, exact.low, exact.high, confidence, exact.method, f"exact for {n} independent cases")
+    drawn = np.random.default_rng(seed).integers(n, size=(resamples, n))
+    ratios = won[drawn].sum(1) / pairs[drawn].sum(1)
+    tail = (1 - _rate("confidence", confidence)) / 2
+    low, high = np.quantile(ratios, [tail, 1 - tail])
+    note = f"only {n} strata: the interval is likely too narrow" if n < FEW_CLUSTERS else ""
+    method = f"bootstrap of strata, percentile, {resamples} resamples"
     return Interval(value, min(float(low), value), max(float(high), value), confidence, method, note)
 
 
@@ -231,14 +331,38 @@ def separation(
     confidence: float = 0.95,
     seed: int = 0,
 ) -> Separation:
-    """AUC and TPR at a fixed FPR, each with its :func:`cluster_bootstrap` interval, on the same resamples."""
+    """AUC and TPR at a fixed FPR, each with its :func:`cluster_bootstrap` interval, on the same resamples.
 
-    def interval(statistic: Statistic) -> Interval:
-        return cluster_bootstrap(
-            statistic, scores, labels, clusters, resamples=resamples, confidence=confidence, seed=seed
-        )
+    The same numbers as from :func:`auc` and :func:`tpr_at_fpr` there, without sorting every resample anew.
+    """
+    area = stratified_auc(scores, labels, clusters, resamples=resamples, confidence=confidence, seed=seed)
+    return Separation(area, _tpr_interval(scores, labels, clusters, fpr, resamples, confidence, seed), fpr)
 
-    return Separation(interval(auc), interval(partial(tpr_at_fpr, fpr=fpr)), fpr)
+
+def _tpr_interval(
+    scores: Numbers,
+    labels: Numbers,
+    clusters: Sequence[int | str] | np.ndarray | None,
+    fpr: float,
+    resamples: int,
+    confidence: float,
+    seed: int,
+) -> Interval:
+    """:func:`tpr_at_fpr` with its interval: the ROC of a resample is that of the sample, its rows counted as often as they come."""
+    _rate("fpr", fpr)
+    scores, labels = _labelled(scores, labels)
+    unit, sizes = _units(labels, clusters)
+    order = np.argsort(-scores, kind="stable")
+    level = scores[order]
+    last_of_level = np.flatnonzero(np.append(level[1:] != level[:-1], True))
+
+    def tpr(times: np.ndarray) -> float:
+        false, true = (np.cumsum((times * of)[order])[last_of_level] for of in (~labels, labels))
+        called = int((false / false[-1] < fpr).sum())  # levels that may be called; rates never fall
+        return float(true[called - 1] / true[-1]) if called else 0.0
+
+    drawn = [tpr(times) for times in _times(unit, sizes, resamples, np.random.default_rng(seed))]
+    return _percentile(tpr(np.ones(len(scores), dtype=int)), np.array(drawn), min(sizes), confidence)
 
 
 def clopper_pearson(k: int, n: int, confidence: float = 0.95) -> Interval:
@@ -412,9 +536,18 @@ def _resampled(
 ) -> Iterator[Int[np.ndarray, " drawn"]]:
     """Row numbers of each resample; a row comes as often as its cluster was drawn."""
     rows = np.arange(len(unit))
+    for times in _times(unit, sizes, resamples, rng):
+        yield np.repeat(rows, times)
+
+
+def _times(
+    unit: np.ndarray, sizes: list[int], resamples: int, rng: np.random.Generator
+) -> Iterator[Int[np.ndarray, " row"]]:
+    """How often each row comes in each resample."""
+    if resamples < 1:
+        raise UsageError(f"resamples = {resamples} gives no interval; 1000 is usual.")
     for _ in range(resamples):
-        times = np.concatenate([np.bincount(rng.integers(k, size=k), minlength=k) for k in sizes])
-        yield np.repeat(rows, times[unit])
+        yield np.concatenate([np.bincount(rng.integers(k, size=k), minlength=k) for k in sizes])[unit]
 
 
 def _exact(k: int, n: int, confidence: float, alternative: str) -> tuple[float, float]:

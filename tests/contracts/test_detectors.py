@@ -1,4 +1,7 @@
-"""What every detector promises, ours and plugins': found by entry point, fed hand-made steps."""
+"""What every detector promises, ours and plugins': found by entry point, fed hand-made steps or pictures.
+
+Two shapes: ``name`` are detectors that watch the steps of a trajectory, ``comparer`` those that compare the pictures of a prompt.
+"""
 
 from __future__ import annotations
 
@@ -8,17 +11,29 @@ from importlib.metadata import entry_points
 import pytest
 import torch
 
-from mnemoscope.detect.base import Detector, build
+from mnemoscope.detect.base import Detector, PictureDetector, build, describe
+from mnemoscope.detect.calibrate import method_of
 from mnemoscope.errors import MnemoscopeError, UnknownName, UsageError
 from mnemoscope.plugins import installed
 from mnemoscope.types import Step
 
 NAMES = sorted({entry.name for entry in entry_points(group="mnemoscope.detectors")})
+COMPARERS = [name for name in NAMES if "pictures" in build(name).needs]
 BATCH, STEPS = 4, 6
 
 
-@pytest.fixture(params=NAMES)
+@pytest.fixture(params=[name for name in NAMES if name not in COMPARERS])
 def name(request) -> str:
+    return request.param
+
+
+@pytest.fixture(params=COMPARERS)
+def comparer(request) -> str:
+    return request.param
+
+
+@pytest.fixture(params=NAMES)
+def any_name(request) -> str:
     return request.param
 
 
@@ -49,16 +64,21 @@ def whole(name):
 
 def test_some_are_installed():
     assert "magnitude" in NAMES
+    assert "density" in COMPARERS
     assert set(NAMES) == set(installed("detector"))
 
 
-def test_conforms(name):
-    detector = build(name)
-    assert isinstance(detector, Detector)
-    assert detector.name == name
-    assert detector.steps_needed >= 1
-    assert detector.needs <= {"uncond", "grad", "attention", "reference"}
+def test_conforms(any_name):
+    detector = build(any_name)
+    compares = any_name in COMPARERS
+    assert isinstance(detector, PictureDetector if compares else Detector)
+    assert detector.name == any_name
+    assert detector.steps_needed == 0 if compares else detector.steps_needed >= 1
+    assert detector.needs <= {"uncond", "grad", "attention", "reference", "pictures"}
     assert isinstance(detector.higher_is_more_memorized, bool)
+    needs, costs = describe(installed("detector")[any_name])
+    assert needs
+    assert costs
 
 
 def test_scores_each_sample_on_its_own(name):
@@ -132,14 +152,57 @@ def test_nan_stays_in_its_sample(name):
     assert torch.isnan(scores).tolist() == [False, True, False, False]
 
 
+def pictures(n=5, size=24):
+    """Pictures of one prompt: two that are nearly alike, the others not."""
+    made = torch.rand(n, 3, size, size, generator=torch.Generator().manual_seed(3))
+    made[1] = (made[0] + 0.01).clamp(0, 1)
+    return made
+
+
+def test_each_picture_gets_a_score(comparer):
+    scores = build(comparer).score(pictures())
+    assert scores.shape == (5,)
+    assert scores.dtype == torch.float32
+    assert scores.isfinite().all()
+
+
+def test_order_of_the_pictures_is_irrelevant(comparer):
+    order = torch.tensor([3, 0, 4, 2, 1])
+    torch.testing.assert_close(build(comparer).score(pictures()[order]), build(comparer).score(pictures())[order])
+
+
+def test_pictures_that_are_all_alike_score_most_extremely(comparer):
+    detector = build(comparer)
+    alike, different = detector.score(pictures()[:1].expand(4, -1, -1, -1)), detector.score(pictures())
+    further = alike.min() > different.max() if detector.higher_is_more_memorized else alike.max() < different.min()
+    assert further
+
+
+def test_a_picture_alone_cannot_be_compared(comparer):
+    with pytest.raises(UsageError, match="at least 2 seeds"):
+        build(comparer).score(pictures(2)[:1])
+
+
+def test_comparing_changes_nothing(comparer):
+    """One object serves all prompts, so it must not remember; and the pictures are not its own."""
+    detector, shown = build(comparer), pictures()
+    before = method_of(detector)
+    first = detector.score(shown)
+    detector.score(pictures(3))
+    assert torch.equal(detector.score(shown), first)
+    assert torch.equal(shown, pictures())
+    assert method_of(detector) == before
+    assert json.loads(json.dumps(before)) == before
+
+
 def test_is_made_again_from_plain_values(name):
     spec = json.loads(json.dumps({"name": name, "options": whole(name)}))
     again = build(spec["name"], spec["options"])
     assert again.steps_needed == build(name, whole(name)).steps_needed
 
 
-def test_wrong_names_get_help(name):
-    with pytest.raises(UnknownName, match=f"no detector named '{name[:-1]}'. Did you mean '{name}'"):
-        build(name[:-1])
-    with pytest.raises(UnknownName, match=f"option of detector {name}"):
-        build(name, {"setps": 3})
+def test_wrong_names_get_help(any_name):
+    with pytest.raises(UnknownName, match=f"no detector named '{any_name[:-1]}'. Did you mean '{any_name}'"):
+        build(any_name[:-1])
+    with pytest.raises(UnknownName, match=f"option of detector {any_name}"):
+        build(any_name, {"setps": 3})

@@ -127,3 +127,60 @@ def test_bad_names_get_a_sentence(world):
         world.pictures(["nothing"])
     with pytest.raises(UnknownName, match="bundled model"):
         World("video")
+
+
+def test_controls_are_built_in(world):
+    found = world.controls()
+    captions, templates = found["captions"], found["templates"]
+    assert len({c["prompt"] for c in captions}) == len({c["id"] for c in captions}) == len(captions)
+    planted = [c for c in captions if c["label"]]
+    assert {c["group"] for c in planted} == {"planted × 24", "planted × 48"}
+    assert len(planted) == 48
+    # No prompt that the bundled thresholds were made from.
+    made_from = {r.caption for r in world.captions("ordinary")[::2]}
+    assert not made_from & {c["prompt"] for c in captions}
+    assert len(captions) - 48 == len(world.captions("ordinary")) // 2 + len(world.captions("heldout"))
+    assert all(len(labels) == 2 for labels in _labels_by_family(templates).values())
+    assert sum(not t["label"] for t in templates) == 12
+
+
+def _labels_by_family(templates):
+    found = {}
+    for t in templates:
+        found.setdefault(t["family"], set()).add(t["label"])
+    return found
+
+
+@pytest.mark.parametrize("levels", [(48,), (24, 48), (2, 4, 10, 24, 48)])
+def test_swapped_captions_name_the_picture_and_are_no_captions(world, levels):
+    planted = [c for c in world.controls(levels)["captions"] if c["label"]]
+    words = [Counter(w for c in planted for w in c[k].replace(",", "").split()) for k in ("prompt", "swap")]
+    assert words[0] == words[1]
+    swaps = [c["swap"] for c in planted]
+    assert len(set(swaps)) == len(swaps)
+    assert not set(swaps) & {r.caption for r in world.rows}
+    assert all(c["swap"].split(", ")[0] == c["prompt"].split(", ")[0] for c in planted)
+
+
+def test_controls_of_no_level(world):
+    with pytest.raises(UsageError, match="the levels are"):
+        world.controls((3,))
+
+
+def test_the_fixed_part_of_a_composed_family_is_everything_outside_the_slot(world):
+    family = next(r.family for r in world.of("template") if "card with" in r.family)
+    fixed = world.fixed_part(family)
+    a, b = world.pictures([r.picture for r in world.of("template") if r.family == family][:2])
+    assert (a - b)[:, fixed].abs().max() <= 2.5 / 255
+    free = (~fixed).nonzero()
+    low, high = free.amin(0), free.amax(0)
+    assert ((high - low) < 32).all()  # inside one slot
+    assert 0.1 < 1 - fixed.float().mean() < 0.25
+    with pytest.raises(UnknownName, match="template family"):
+        world.fixed_part("no such family")
+
+
+def test_ordinary_words_are_words_of_ordinary_captions(world):
+    said = " ".join(r.caption for r in world.of("ordinary"))
+    assert len(world.ordinary_words) > 500
+    assert all(w.islower() and w in said for w in world.ordinary_words)

@@ -7,8 +7,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mnemoscope.errors import UsageError
-from mnemoscope.similarity.density import density, near_by, tiled_l2
+from mnemoscope.detect.calibrate import method_of
+from mnemoscope.errors import UnknownName, UsageError
+from mnemoscope.similarity.density import DensityDetector, density, near_by, tiled_l2
 from mnemoscope.similarity.pixels import Pixels
 
 
@@ -70,3 +71,60 @@ def test_copies_among_generations_are_a_clique():
         found = density(near)
         assert (found.clique, found.n) == (4, 6)
         assert found.pairs == pytest.approx(6 / 15)
+
+
+# The detector
+
+
+def off_diagonal(matrix):
+    return matrix[~torch.eye(len(matrix), dtype=torch.bool)]
+
+
+def test_a_prompt_s_score_is_the_mean_over_pairs():
+    x = pictures(5, 32)
+    scores = DensityDetector().score(x)
+    assert float(scores.mean()) == pytest.approx(float(1 - off_diagonal(tiled_l2(x, x)).mean()), rel=1e-6)
+    assert float(scores[2]) == pytest.approx(float(1 - tiled_l2(x[2:3], x)[0, [0, 1, 3, 4]].mean()), rel=1e-6)
+    vectors = Pixels()(x)
+    scores = DensityDetector("pixels").score(x)
+    assert float(scores.mean()) == pytest.approx(float(off_diagonal(vectors @ vectors.T).mean()), rel=1e-5)
+
+
+@pytest.mark.parametrize(("descriptor", "near"), [("tiled", 0.1), ("pixels", 0.9)])
+def test_counted_it_is_the_density_and_the_clique(descriptor, near):
+    x = pictures(6, 32)
+    x[:4] = (x[:1] + 0.02 * (pictures(4, 32, seed=3) - 0.5)).clamp(0, 1)
+    pairs = DensityDetector(descriptor, near=near).score(x)
+    assert float(pairs.mean()) == pytest.approx(6 / 15)
+    assert pairs.tolist() == pytest.approx([3 / 5] * 4 + [0] * 2)
+    clique = DensityDetector(descriptor, near=near, count="clique").score(x)
+    assert clique.tolist() == pytest.approx([4 / 6] * 6)
+
+
+def test_equal_pictures_are_as_dense_as_can_be():
+    x = pictures(1, 32).expand(3, -1, -1, -1)
+    for options in ({}, {"descriptor": "pixels"}, {"near": 0.1}, {"near": 0.1, "count": "clique"}):
+        assert DensityDetector(**options).score(x).tolist() == pytest.approx([1, 1, 1])
+
+
+def test_what_makes_its_scores_differ_is_plain_and_public():
+    made = [
+        DensityDetector(),
+        DensityDetector(near=0.1),
+        DensityDetector(near=0.2),
+        DensityDetector(near=0.2, count="clique"),
+        DensityDetector("pixels"),
+        DensityDetector("pixels", descriptor_options={"side": 8}),
+    ]
+    methods = [str(method_of(d)) for d in made]
+    assert len(set(methods)) == len(methods)
+    assert '"side": 8' in method_of(made[-1])["options"]["identity"]
+
+
+def test_options_that_mean_nothing_get_a_sentence():
+    with pytest.raises(UsageError, match="say what near means"):
+        DensityDetector(count="clique")
+    with pytest.raises(UnknownName, match="Did you mean 'pairs'"):
+        DensityDetector(count="pair", near=1)
+    with pytest.raises(UnknownName, match=r"no descriptor named 'pixel'. Did you mean 'pixels'"):
+        DensityDetector("pixel")

@@ -21,7 +21,7 @@ from jaxtyping import Bool, Float
 from PIL import Image
 from torch import Tensor
 
-from ..detect.base import Detector
+from ..detect.base import AnyDetector, Detector, stepwise
 from ..errors import ModelFault
 from ..models.base import Condition, Target
 from ..models.sampling import denoise, null_output
@@ -29,6 +29,7 @@ from ..records.schema import Nearest, Row, Score
 from ..types import Latents, Step
 from .config import AuditConfig
 from .prompts import Prompt
+from .reconstruct import Reconstructions
 
 __all__ = ["Examiner", "Reference", "Sample", "webp", "webp_uri"]
 
@@ -37,6 +38,9 @@ AUTO_BATCH, AUTO_BATCH_CPU = 64, 16
 
 TEXT_BATCH = 32
 """Prompts that are encoded together, ahead of their turn."""
+
+LOSSLESS = 128
+"""Longest side of pictures that are kept without losses: in small ones artefacts would be as large as details."""
 
 Pictures = Float[Tensor, "batch 3 height width"]
 
@@ -69,7 +73,8 @@ class Examiner:
 
     Args:
         target: The model.
-        detectors: Fresh detectors by the name of their score; they are copied for each batch, never shown a step themselves.
+        detectors: Fresh detectors by the name of their score; they are copied for each batch, never shown a step themselves. Those
+            that compare a prompt's pictures are left to :mod:`~mnemoscope.audit.generations`.
         config: Settings of the trajectory.
         upcoming: Prompts in the order in which they will be asked for.
         save: Writes a file of the run and returns its name.
@@ -79,19 +84,21 @@ class Examiner:
     def __init__(
         self,
         target: Target,
-        detectors: Mapping[str, Detector],
+        detectors: Mapping[str, AnyDetector],
         config: AuditConfig,
         upcoming: Sequence[str],
         save: Callable[[str, bytes], str],
         reference: Reference | None = None,
     ):
-        self.target, self.detectors, self.config = target, dict(detectors), config
+        self.target, self.config = target, config
+        self.detectors = stepwise(detectors)
         self.save, self.reference = save, reference
         self.stop = steps_run(config, detectors)
         self._null = target.encode([""]) if needs_null(config, target, detectors) else None
         self._texts = _Texts(target, upcoming)
         self._bank = _Bank(target, config, self._null)
         self._kept_references: dict[str, str | None] = {}
+        self._reconstructions = Reconstructions(target, reference)
 
     def rows(self, batch: Sequence[Sample]) -> list[Row]:
         """One row per sample. A sample whose values are not finite becomes an error row; its neighbors do not suffer."""
@@ -180,9 +187,12 @@ class Examiner:
             return found
         for i, match in zip(sound, self.reference.nearest(pictures[sound]), strict=True):
             record = Nearest.model_validate(match, from_attributes=True)
-            found[i] = (
-                record if record.file else record.model_copy(update={"file": self._reference_file(record.reference)})
-            )
+            update: dict[str, Any] = {"reconstruction": self._reconstructions.similarity(pictures[i], record.reference)}
+            if not record.file:
+                update["file"] = self._reference_file(record.reference)
+            if record.template_found and record.layout_reference is not None:
+                update["layout_file"] = self._reference_file(record.layout_reference)
+            found[i] = record.model_copy(update=update)
         return found
 
     def _reference_file(self, key: str) -> str | None:
@@ -195,12 +205,12 @@ class Examiner:
         return self._kept_references[key]
 
 
-def steps_run(config: AuditConfig, detectors: Mapping[str, Detector]) -> int | None:
+def steps_run(config: AuditConfig, detectors: Mapping[str, AnyDetector]) -> int | None:
     """How many steps of a trajectory are run; None: all of them, because a picture is wanted."""
     return None if config.images else max(d.steps_needed for d in detectors.values())
 
 
-def needs_null(config: AuditConfig, target: Target, detectors: Mapping[str, Detector]) -> bool:
+def needs_null(config: AuditConfig, target: Target, detectors: Mapping[str, AnyDetector]) -> bool:
     """Whether a prediction without the prompt is made: for a detector that compares, or to guide more than one step."""
     if any("uncond" in d.needs for d in detectors.values()):
         return target.has_text
@@ -335,14 +345,14 @@ def _say_truncation(row: Row, dropped: int) -> None:
 
 def _bare(sample: Sample) -> Row:
     p = sample.prompt
-    return Row(id=sample.id, prompt_id=p.id, prompt=p.text, seed=sample.seed, status="ok", group=p.group, label=p.label)
+    return Row(id=sample.id, prompt=p.text, seed=sample.seed, status="ok", **p.facts)
 
 
 def webp(picture: Float[Tensor, "3 height width"]) -> bytes:
-    """A picture in [0, 1] as WebP. Small ones lossless: there, artefacts would be as large as details."""
+    """A picture in [0, 1] as WebP, lossless up to :data:`LOSSLESS` pixels."""
     pixels = (picture.permute(1, 2, 0) * 255).round().clamp(0, 255).to(torch.uint8).cpu().numpy()
     out = io.BytesIO()
-    Image.fromarray(pixels).save(out, "WEBP", lossless=max(pixels.shape) <= 128, quality=90, method=4)
+    Image.fromarray(pixels).save(out, "WEBP", lossless=max(pixels.shape) <= LOSSLESS, quality=90, method=4)
     return out.getvalue()
 
 

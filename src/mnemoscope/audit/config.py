@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -17,7 +17,10 @@ from ..plugins import options_of
 from ..records.store import digest, short
 from .prompts import Columns, Prompt, PromptSet, read_prompts
 
-__all__ = ["AuditConfig", "DetectorSpec", "PromptSource"]
+__all__ = ["AuditConfig", "Control", "DetectorSpec", "PromptSource"]
+
+Control: TypeAlias = Literal["case-fold", "title-case", "swap", "within-family", "matched"]
+"""A control that an audit may be asked for."""
 
 
 def _setting(default: Any, allowed: str, **limits: Any) -> Any:
@@ -51,6 +54,10 @@ class PromptSource(_Settings):
     """Column of the prompt's group; by default ``group`` where there is one."""
     label_column: str | None = _setting(None, "the name of a column")
     """Column of the known ground truth (true: memorized); by default ``label`` where it holds yes and no."""
+    family_column: str | None = _setting(None, "the name of a column")
+    """Column of the prompt's family (of one picture, brand or layout); by default ``family`` where there is one."""
+    swap_column: str | None = _setting(None, "the name of a column")
+    """Column of another caption of the prompt's picture, for the control ``swap``; by default ``swap`` where there is one."""
 
     @model_validator(mode="before")
     @classmethod
@@ -67,7 +74,11 @@ class PromptSource(_Settings):
         if source is None or (self.path is not None and self.items is not None):
             raise UsageError("prompts needs either a path or a list of items; give one of them.")
         return read_prompts(
-            source, Columns(self.column, self.id_column, self.group_column, self.label_column), limit=limit
+            source,
+            Columns(
+                self.column, self.id_column, self.group_column, self.label_column, self.family_column, self.swap_column
+            ),
+            limit=limit,
         )
 
     def stored(self) -> dict[str, Any]:
@@ -135,6 +146,10 @@ class AuditConfig(_Settings):
     """Classifier-free guidance scale; by default the model's own."""
     steps: int = _setting(50, "a whole number from 1 to 1000", ge=1, le=1000)
     """Length of the sampler's schedule (not how many of its steps are run: that is what the detectors need)."""
+    controls: list[Control] = _setting([], f"a list of controls: {', '.join(get_args(Control))}")
+    """What the score is tested against besides ordinary prompts, where labels are known: ``case-fold`` and ``title-case`` add
+    the labeled prompts in other letters, ``swap`` adds another caption of each memorized picture; ``within-family`` and
+    ``matched`` compare prompts that are there. Any of them brings the table of AUCs (docs/controls.md)."""
     batch_size: Literal["auto"] | int = _setting("auto", "'auto' or a whole number of 1 or more")
     """Samples per batch; auto starts high and halves when memory runs out."""
     images: bool = _setting(False, "true or false")
@@ -172,6 +187,17 @@ class AuditConfig(_Settings):
     @classmethod
     def _one_name(cls, value: Any) -> Any:
         return [value] if isinstance(value, (str, Mapping)) else value
+
+    @field_validator("controls", mode="before")
+    @classmethod
+    def _separate_names(cls, value: Any) -> Any:
+        given = [value] if isinstance(value, str) else value
+        if not isinstance(given, (list, tuple)) or not all(isinstance(name, str) for name in given):
+            return value
+        names = list(dict.fromkeys(name.strip() for part in given for name in part.split(",")))
+        if unknown := [name for name in names if name not in get_args(Control)]:
+            raise UnknownName("control", unknown[0], get_args(Control))
+        return names
 
     @field_validator("batch_size")
     @classmethod

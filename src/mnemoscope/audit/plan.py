@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..detect.base import Detector
+from ..detect.base import AnyDetector
 from ..models.base import Target
 from .batch import batch_size, needs_null, steps_run
 from .config import AuditConfig
@@ -48,7 +48,7 @@ class Plan:
 def plan(
     config: AuditConfig,
     target: Target | None = None,
-    detectors: Sequence[Detector] | None = None,
+    detectors: Sequence[AnyDetector] | None = None,
     *,
     seconds_per_forward: float | None = None,
 ) -> Plan:

@@ -15,7 +15,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,12 +38,26 @@ class Prompt:
         text: The text, as it stands in the source.
         group: Its group in the source (for instance ``planted`` or ``ordinary``).
         label: Known ground truth: True where the prompt is known to be memorized; None: unknown.
+        family: Its family in the source: prompts of one picture, brand or layout.
+        swap: Another caption of its picture, with which the picture was not shown in training (:mod:`~mnemoscope.audit.variants`).
+        control: The control that it was made for from another prompt; None: it stands in the source.
+        origin: For a control: the id of the prompt that it was made from.
     """
 
     id: str
     text: str
     group: str | None = None
     label: bool | None = None
+    family: str | None = None
+    swap: str | None = None
+    control: str | None = None
+    origin: str | None = None
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What a row says about its prompt, besides the text: fields of :class:`~mnemoscope.records.schema.Row`."""
+        named = ("group", "label", "family", "control", "origin")
+        return {"prompt_id": self.id} | {name: getattr(self, name) for name in named}
 
 
 @dataclass(frozen=True)
@@ -75,6 +89,8 @@ class Columns:
     id: str | None = None
     group: str | None = None
     label: str | None = None
+    family: str | None = None
+    swap: str | None = None
 
 
 def read_prompts(
@@ -293,7 +309,8 @@ def _table(items: list[tuple[str, Any]]) -> _Table:
 
 def _row(item: Any) -> Mapping[str, Any]:
     if isinstance(item, Prompt):
-        return {"prompt": item.text, "id": item.id, "group": item.group, "label": item.label}
+        own = {"prompt": item.text, "id": item.id, "group": item.group, "label": item.label}
+        return own | {"family": item.family, "swap": item.swap}
     return item if isinstance(item, Mapping) else {"prompt": item}
 
 
@@ -307,13 +324,18 @@ def _prompts(table: _Table, columns: Columns, name: str) -> Iterator[Prompt]:
     id = _column(table, columns.id, ("id",), name)
     group = _column(table, columns.group, ("group",), name)
     label = _column(table, columns.label, ("label",), name)
+    family = _column(table, columns.family, ("family",), name)
+    swap = _column(table, columns.swap, ("swap",), name)
     if columns.label is None and label and any(_truth(row.get(label)) is NotImplemented for _, row in table.rows):
         label = None  # a column that happens to be called so
     for where, row in table.rows:
         if prompt not in row:
             raise UsageError(f"{where} has no {prompt!r}; every row needs a prompt.")
-        named, grouped, labelled = (None if column is None else row.get(column) for column in (id, group, label))
-        yield _prompt(row[prompt], named, grouped, labelled, where)
+        named, grouped, labelled, related, other = (
+            None if column is None else row.get(column) for column in (id, group, label, family, swap)
+        )
+        found = _prompt(row[prompt], named, grouped, labelled, where)
+        yield replace(found, family=_word(related), swap=None if other in (None, "") else _sound(other, where))
 
 
 def _column(table: _Table, asked: str | None, usual: Iterable[str], name: str) -> str | None:
@@ -349,6 +371,22 @@ def _truth(value: Any) -> Any:
 
 
 def _prompt(text: Any, id: Any, group: Any, label: Any, where: str) -> Prompt:
+    text = _sound(text, where)
+    truth = _truth(label)
+    if truth is NotImplemented:
+        raise UsageError(
+            f"{where}: label {label!r} is not one of {', '.join(TRUE + FALSE)}; choose another label column."
+        )
+    name = hashlib.sha256(text.encode()).hexdigest()[:12] if id in (None, "") else str(id)
+    return Prompt(name, text, _word(group), truth)
+
+
+def _word(value: Any) -> str | None:
+    return None if value in (None, "") else str(value)
+
+
+def _sound(text: Any, where: str) -> str:
+    """A text that can be encoded."""
     if not isinstance(text, str):
         raise UsageError(f"{where}: the prompt is {_kind(text)}, not text; correct it, or choose another column.")
     try:
@@ -357,13 +395,7 @@ def _prompt(text: Any, id: Any, group: Any, label: Any, where: str) -> Prompt:
         raise UsageError(
             f"{where}: the prompt has half of a character (U+{ord(text[e.start]):04X}) at position {e.start}; correct it."
         ) from None
-    truth = _truth(label)
-    if truth is NotImplemented:
-        raise UsageError(
-            f"{where}: label {label!r} is not one of {', '.join(TRUE + FALSE)}; choose another label column."
-        )
-    name = hashlib.sha256(text.encode()).hexdigest()[:12] if id in (None, "") else str(id)
-    return Prompt(name, text, None if group in (None, "") else str(group), truth)
+    return text
 
 
 def _once(found: list[Prompt], name: str) -> tuple[list[Prompt], list[str]]:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from ..detect import calibrate
-from ..detect.base import Detector, build
+from ..detect.base import AnyDetector, build
 from ..errors import CannotAudit, RunError, UnknownName, UsageError
 from ..models import identity
 from ..models.base import Target
@@ -24,7 +24,9 @@ from ..records.schema import Manifest
 from ..records.store import Run, differences, digest, sample_id
 from .batch import Reference, Sample
 from .config import AuditConfig
+from .generations import LEAST
 from .prompts import Prompt, PromptSet
+from .variants import with_controls
 
 __all__ = ["Request", "choose_detectors", "load", "read_prompts_for"]
 
@@ -52,7 +54,7 @@ class Request:
 
     config: AuditConfig
     target: Target
-    detectors: dict[str, Detector]
+    detectors: dict[str, AnyDetector]
     prompts: PromptSet
     setting: dict[str, Any]
     samples: list[Sample]
@@ -68,7 +70,7 @@ class Request:
         cls,
         config: AuditConfig,
         target: Target | None = None,
-        detectors: Sequence[Detector] | None = None,
+        detectors: Sequence[AnyDetector] | None = None,
         reference: Reference | None = None,
     ) -> Request:
         """Resolve a configuration; objects that are handed in stand for what it names.
@@ -94,7 +96,7 @@ class Request:
             shard=shard,
             calibration=calibration,
             accepted=accepted,
-            reference=_described(reference),
+            reference=described(reference),
             notes=[*config.notes, *prompts.notes],
         )
 
@@ -166,7 +168,7 @@ def load(config: AuditConfig) -> Target:
     return opener.load(config.model, dtype=config.dtype, device=config.device, **config.model_options)
 
 
-def choose_detectors(config: AuditConfig, detectors: Sequence[Detector] | None = None) -> dict[str, Detector]:
+def choose_detectors(config: AuditConfig, detectors: Sequence[AnyDetector] | None = None) -> dict[str, AnyDetector]:
     """Fresh detectors by the name of their score."""
     if detectors is None:
         found = [(spec.label, build(spec.name, spec.options)) for spec in config.detectors]
@@ -184,17 +186,21 @@ def choose_detectors(config: AuditConfig, detectors: Sequence[Detector] | None =
 
 
 def read_prompts_for(config: AuditConfig, target: Target | None = None) -> PromptSet:
-    """The prompts; a model without text has one, which is empty."""
+    """The prompts, and those that controls need besides; a model without text has one, which is empty."""
     if target is not None and not target.has_text:
         if config.prompts is not None:
             raise CannotAudit(f"{target.name} takes no text, so there are no prompts to audit; leave prompts out.")
+        if config.controls:
+            raise CannotAudit(
+                f"{target.name} takes no text, so there are no prompts to make controls of; leave controls out."
+            )
         return PromptSet((Prompt("unconditional", ""),), "a model without text")
     if config.prompts is None:
         raise UsageError("no prompts were given; name a file or give a list as prompts.")
-    return config.prompts.read(config.limit)
+    return with_controls(config.prompts.read(config.limit), config.controls)
 
 
-def setting_of(config: AuditConfig, target: Target, detectors: Mapping[str, Detector]) -> dict[str, Any]:
+def setting_of(config: AuditConfig, target: Target, detectors: Mapping[str, AnyDetector]) -> dict[str, Any]:
     """Everything that every score depends on, as plain values. Not the device, the batch size, or where a model came from."""
     return {
         "target": identity_of(target),
@@ -211,7 +217,7 @@ def identity_of(target: Target) -> dict[str, Any]:
     return {k: v for k, v in identity.plain(target.identity()).items() if k not in calibrate.PROVENANCE}
 
 
-def calibration_setting(config: AuditConfig, target: Target, detector: Detector) -> dict[str, Any]:
+def calibration_setting(config: AuditConfig, target: Target, detector: AnyDetector) -> dict[str, Any]:
     """What a calibrated score of this detector depends on."""
     return calibrate.setting_of(
         identity.plain(target.identity()),
@@ -226,13 +232,20 @@ def calibration_setting(config: AuditConfig, target: Target, detector: Detector)
 
 
 def _require_possible(
-    config: AuditConfig, target: Target, detectors: Mapping[str, Detector], reference: Reference | None
+    config: AuditConfig, target: Target, detectors: Mapping[str, AnyDetector], reference: Reference | None
 ) -> None:
     guidance = target.guidance if config.guidance is None else config.guidance
     for name, detector in detectors.items():
-        if unmet := detector.needs - {"uncond"}:
+        if unmet := detector.needs - {"uncond", "pictures"}:
             raise CannotAudit(
                 f"{name} needs {', '.join(sorted(unmet))}, which an audit does not offer; run it by itself."
+            )
+        if "pictures" in detector.needs and not config.images:
+            raise CannotAudit(f"{name} compares generated pictures, and none are made; set images to true (--images).")
+        if "pictures" in detector.needs and config.seeds < LEAST:
+            raise CannotAudit(
+                f"{name} compares the generations of a prompt with each other, and there is {config.seeds}; set seeds to "
+                f"{LEAST} or more."
             )
         if "uncond" in detector.needs and not target.has_text:
             raise CannotAudit(
@@ -250,7 +263,7 @@ def _require_possible(
 
 
 def _calibration(
-    config: AuditConfig, target: Target, detectors: Mapping[str, Detector]
+    config: AuditConfig, target: Target, detectors: Mapping[str, AnyDetector]
 ) -> tuple[calibrate.Calibration | None, list[str]]:
     if config.calibration is None:
         return None, []
@@ -284,7 +297,8 @@ def _share(samples: list[Sample], shard: str | None) -> tuple[list[Sample], int 
     return [s for s in samples if int(s.id, 16) % m == k], k
 
 
-def _described(reference: Reference | None) -> dict[str, Any] | None:
+def described(reference: Reference | None) -> dict[str, Any] | None:
+    """A reference set in plain values: what a run remembers of it."""
     if reference is None:
         return None
     size = len(reference) if isinstance(reference, Sized) else None

@@ -7,23 +7,24 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 
-from ..detect.base import Detector
+from ..detect.base import AnyDetector
 from ..detect.calibrate import Calibration
 from ..errors import RunError
 from ..models.base import Target
 from ..records.schema import Row
-from ..records.store import Run, Writer
+from ..records.store import Run, Writer, write_whole
 from ..records.table import prompt_scores
 from .batch import Examiner, Reference, Sample, batch_size
+from .comparisons import measure
 from .config import AuditConfig
-from .controls import text_baseline
+from .generations import compare_generations
 from .plan import measure_speed as measure_speed
 from .plan import plan as plan
 from .request import Request, calibration_setting, now
@@ -64,7 +65,7 @@ def audit(
     config: AuditConfig,
     *,
     target: Target | None = None,
-    detectors: Sequence[Detector] | None = None,
+    detectors: Sequence[AnyDetector] | None = None,
     reference: Reference | None = None,
     progress: Callable[[Progress], None] | None = None,
     kind: Literal["audit", "check", "demo", "calibrate"] = "audit",
@@ -97,41 +98,48 @@ def audit(
     """
     request = Request.of(config, target, detectors, reference)
     run = request.open(kind, command)
-    run.amend(
-        {s.id: {"prompt_id": s.prompt.id, "group": s.prompt.group, "label": s.prompt.label} for s in request.samples}
-    )
+    run.amend({s.id: s.prompt.facts for s in request.samples})
     with Writer(run, request.shard) as writer:
         if request.calibration is not None:
             request.calibration.save(run.folder / "thresholds.json")
         else:  # of an earlier call that asked for it; its rows would be judged by what nobody asked for
             (run.folder / "thresholds.json").unlink(missing_ok=True)
-        session = _Session(request, writer, reference, progress)
-        try:
+        session = Session(request, writer, reference, progress)
+        with _told(session):
             session.work()
-        except KeyboardInterrupt:
-            ok = session.close(interrupted=True)
-            raise KeyboardInterrupt(
-                f"stopped; {ok} of {len(request.samples)} samples are saved; the same command continues"
-            ) from None
-        except BaseException as error:
-            session.notes.append(f"stopped by an error ({type(error).__name__}: {error})")
-            with suppress(RunError):  # the disk may be full: the first sentence is the one to read
-                session.close()
-            raise
-        session.close()
-        if kind != "calibrate" and run.manifest.status == "done":
-            _store_text_baseline(request, writer)
+    with _told(session):  # the rows are nobody's now, so that they can be amended
+        compare_generations(run, request.detectors, (s.id for s in request.samples), request.target.device)
+    session.close()
+    if kind != "calibrate" and run.manifest.status == "done":
+        _store_controls(run, bool(config.controls))
     return run
 
 
-def _store_text_baseline(request: Request, writer: Writer) -> None:
-    """``controls.json``: what the wording of labeled prompts alone achieves, to stand beside every AUC."""
-    labeled = [p for p in request.prompts if p.label is not None and p.text]
-    if {p.label for p in labeled} == {True, False}:
-        found = text_baseline([p.text for p in labeled], [bool(p.label) for p in labeled])
-        writer.save("controls.json", found.to_json().encode())
-    else:  # of an earlier call that had labels
-        (writer.run.folder / "controls.json").unlink(missing_ok=True)
+@contextmanager
+def _told(session: Session) -> Iterator[None]:
+    """Whatever ends a session is written down in the run."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        ok = session.close(interrupted=True)
+        raise KeyboardInterrupt(
+            f"stopped; {ok} of {len(session.request.samples)} samples are saved; the same command continues"
+        ) from None
+    except BaseException as error:
+        session.notes.append(f"stopped by an error ({type(error).__name__}: {error})")
+        with suppress(RunError):  # the disk may be full: the first sentence is the one to read
+            session.close()
+        raise
+
+
+def _store_controls(run: Run, table: bool) -> None:
+    """``controls.json``: what the wording of labeled prompts alone achieves, to stand beside every AUC, and what is left of it
+    where the controls that were asked for hold."""
+    found = measure(run, table=table)
+    if found is None:  # of an earlier call that had labels
+        (run.folder / "controls.json").unlink(missing_ok=True)
+    else:
+        write_whole(run.folder / "controls.json", found.to_json().encode())
 
 
 def calibrate(
@@ -140,7 +148,7 @@ def calibrate(
     fpr: float = 0.01,
     confidence: float = 0.95,
     target: Target | None = None,
-    detectors: Sequence[Detector] | None = None,
+    detectors: Sequence[AnyDetector] | None = None,
     progress: Callable[[Progress], None] | None = None,
     command: str = "",
 ) -> tuple[Run, dict[str, Calibration]]:
@@ -163,6 +171,7 @@ def calibrate(
         RunError: the run did not get a score for every sample, so nothing should be concluded from it.
         UsageError: too few prompts for the rate.
     """
+    config = config.model_copy(update={"controls": []})  # which would add prompts that are no sample of ordinary ones
     request = Request.of(config, target, detectors)
     run = audit(
         config, target=request.target, detectors=detectors, progress=progress, kind="calibrate", command=command
@@ -181,7 +190,7 @@ def calibrate(
     return run, found
 
 
-class _Session:
+class Session:
     """One process working on one run."""
 
     def __init__(
@@ -294,8 +303,11 @@ class _Session:
         calibration = self.request.calibration
         if calibration is None or row.status == "error":
             return
+        score = row.scores.get(calibration.record.detector)
+        if score is None:  # it comes when all seeds are there
+            return
         scores = self._scores.setdefault(row.prompt_id, [])
-        scores.append(row.scores[calibration.record.detector].value)
+        scores.append(score.value)
         if len(scores) == self.request.config.seeds:
             if calibration.above(sum(scores) / len(scores)):
                 self._hits.add(row.prompt_id)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from importlib.metadata import EntryPoint
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeAlias, cast, runtime_checkable
 
 from jaxtyping import Float
 from torch import Tensor
@@ -12,12 +12,13 @@ from torch import Tensor
 from .. import plugins
 from ..types import PerSample, Step
 
-__all__ = ["Detector", "build", "describe"]
+__all__ = ["AnyDetector", "Detector", "PictureDetector", "build", "comparing", "describe", "stepwise"]
 
 NEEDS = {
     "uncond": "text, guidance above 1",
     "grad": "gradients",
     "attention": "attention maps",
+    "pictures": "pictures, 2 seeds or more",
     "reference": "reference pictures",
 }
 """What ``needs`` means, in a user's words."""
@@ -58,7 +59,51 @@ class Detector(Protocol):
         ...
 
 
-def build(name: str, options: Mapping[str, Any] | None = None) -> Detector:
+@runtime_checkable
+class PictureDetector(Protocol):
+    """The second shape of a detector: it compares the finished pictures of *one prompt* with each other.
+
+    It sees no step and no model, so it also works where nothing else is known. Each generation gets the score that its own
+    comparisons give, and the prompt's score is their mean, as it is for every other detector. An audit asks it once all seeds
+    of a prompt have their picture, and hands it the pictures as they were kept.
+
+    Attributes:
+        name: The method's name.
+        needs: ``{"pictures"}``, which is how this shape is recognized.
+        steps_needed: 0.
+        higher_is_more_memorized, costs: As for :class:`Detector`.
+        space: What is stored where other detectors say in which space they compared predictions.
+    """
+
+    name: str
+    needs: frozenset[str]
+    space: str | None
+    steps_needed: int
+
+    def score(self, pictures: Float[Tensor, "n 3 height width"]) -> Float[Tensor, " n"]:
+        """The score of each of n ≥ 2 generations of one prompt, RGB in [0, 1]; on the device of the pictures.
+
+        Raises:
+            UsageError: there is only one, or the pictures cannot be compared.
+        """
+        ...
+
+
+AnyDetector: TypeAlias = Detector | PictureDetector
+"""Either shape."""
+
+
+def stepwise(detectors: Mapping[str, AnyDetector]) -> dict[str, Detector]:
+    """Those that watch the steps of a trajectory."""
+    return {name: cast(Detector, d) for name, d in detectors.items() if "pictures" not in d.needs}
+
+
+def comparing(detectors: Mapping[str, AnyDetector]) -> dict[str, PictureDetector]:
+    """Those that compare the pictures of a prompt."""
+    return {name: cast(PictureDetector, d) for name, d in detectors.items() if "pictures" in d.needs}
+
+
+def build(name: str, options: Mapping[str, Any] | None = None) -> AnyDetector:
     """A detector from plain values: :func:`mnemoscope.plugins.build`."""
     return plugins.build("detector", name, options)
 

@@ -28,13 +28,13 @@ from ..errors import UnknownName, UsageError
 from ..models.identity import PROVENANCE, plain
 from ..records.schema import FORMAT, Thresholds
 from ..records.store import differences, write_whole
-from .base import Detector
+from .base import AnyDetector
 from .magnitude import Magnitude
 
 __all__ = ["PROVENANCE", "Calibration", "method_of", "setting_of"]
 
 
-def method_of(detector: Detector) -> dict[str, Any]:
+def method_of(detector: AnyDetector) -> dict[str, Any]:
     """What makes one detector's scores differ from another's: its name, its class, and the plain values it was built from.
 
     Args:

@@ -36,6 +36,18 @@ class Nearest(Record):
     """similarity > threshold, as for scores: the threshold itself is not above. None: not calibrated."""
     file: str | None = None
     """The reference picture inside the run folder, if it was kept."""
+    reconstruction: float | None = None
+    """Similarity to the reference as the model's autoencoder reconstructs it; None: it has none, or the picture cannot be shown."""
+    layout: float | None = None
+    """Layout similarity: share of a near reference's blocks with content that stand in the picture at the same place."""
+    layout_reference: str | None = None
+    """Id of the reference whose layout is shared most; it need not be ``reference``."""
+    layout_threshold: float | None = None
+    """Layout similarity above which a template copy is called; None: not calibrated."""
+    template_found: bool | None = None
+    """layout > layout_threshold while the whole picture is no copy. None: not calibrated."""
+    layout_file: str | None = None
+    """The picture of ``layout_reference`` inside the run folder, for a template copy."""
 
 
 class Score(Record):
@@ -49,6 +61,8 @@ class Score(Record):
     """Space of the predictions that were compared; scores never cross spaces."""
     per_step: list[float] = Field(default_factory=list)
     """The value at each step that was run, index 0 first; every window is a slice of it."""
+    generations: int | None = None
+    """How many generations of the prompt were compared with each other; None: this one was scored by itself."""
 
 
 class Row(Record):
@@ -65,6 +79,12 @@ class Row(Record):
     """Label from the prompt source, if it has one (for instance ``planted`` or ``ordinary``)."""
     label: bool | None = None
     """Known ground truth: the prompt is known to be memorized; None: unknown."""
+    family: str | None = None
+    """Family from the prompt source, if it has one: prompts of one picture, brand or layout."""
+    control: str | None = None
+    """The control that this prompt was made for from another one (``case-fold``, ``swap``, …); None: it was asked for."""
+    origin: str | None = None
+    """For a control: the id of the prompt that it was made from."""
     scores: dict[str, Score] = Field(default_factory=dict)
     forwards: int = 0
     """Denoiser forwards spent on this row (its share of what the batch shares)."""

@@ -112,17 +112,19 @@ class Tally:
         ok: Samples with a result.
         failed: Samples that failed.
         notes: What that leaves open, in sentences.
+        unscored: Samples with a result that lack one of the run's scores: those that compare a prompt's pictures come last.
     """
 
     asked: int
     ok: int
     failed: int
     notes: list[str]
+    unscored: int = 0
 
     @property
     def complete(self) -> bool:
-        """Whether every sample has a result."""
-        return self.ok >= self.asked
+        """Whether every sample has a result, with every score."""
+        return self.ok >= self.asked and not self.unscored
 
 
 class Run:
@@ -215,14 +217,20 @@ class Run:
         """
         return map(_row, self._winners())
 
+    def lines(self) -> Iterator[bytes]:
+        """The same, as they stand in the files."""
+        return (line.raw for line in self._winners())
+
     def tally(self) -> Tally:
         """Count the rows: how many are asked for, there, failed, truncated."""
-        asked, ok, failed = self.manifest.asked, 0, 0
+        asked, ok, failed, unscored = self.manifest.asked, 0, 0, 0
+        scores = set(self.manifest.setting.get("detectors", ()))
         prompts: set[str] = set()
         truncated: set[str] = set()
         for row in self.rows():
             ok += row.status == "ok"
             failed += row.status == "error"
+            unscored += row.status == "ok" and not scores <= row.scores.keys()
             prompts.add(row.prompt)
             if row.tokens_dropped:
                 truncated.add(row.prompt)
@@ -233,13 +241,19 @@ class Run:
             notes.append(f"{failed} of {asked} samples failed; the same command tries them again")
         if (missing := asked - ok - failed) > 0:
             notes.append(f"{missing} of {asked} samples have not been run yet; the same command continues")
-        return Tally(asked, ok, failed, notes)
+        if unscored:
+            notes.append(
+                f"{unscored} of {asked} samples lack a score that compares a prompt's pictures; the same command computes it once "
+                f"all of them are there"
+            )
+        return Tally(asked, ok, failed, notes, unscored)
 
     def amend(self, facts: Mapping[str, Mapping[str, Any]]) -> int:
-        """Bring what rows say about their prompts up to date. Scores stay: a sample's id does not depend on these.
+        """Bring what rows say about their prompts up to date. Scores that are there stay: a sample's id does not depend on these.
 
         Args:
-            facts: Fields of :class:`~mnemoscope.records.schema.Row` by sample id, such as ``{"label": True}``.
+            facts: Fields of :class:`~mnemoscope.records.schema.Row` by sample id, as plain values such as ``{"label": True}``; of
+                ``scores``, those that are to be added or replaced.
 
         Returns:
             How many lines changed. A file in which none does is left alone, and may be in use meanwhile.
@@ -249,7 +263,9 @@ class Run:
         """
 
         def outdated(line: _Line) -> bool:
-            return any(line.head.get(k) != v for k, v in facts.get(line.head["id"], {}).items())
+            wanted = facts.get(line.head["id"], {})
+            new = _amended(line.head, wanted)
+            return any(new[k] != line.head.get(k, {} if k == "scores" else None) for k in wanted)
 
         changed = 0
         for path in self.files():
@@ -259,7 +275,7 @@ class Run:
                 for line in sound_lines(path):
                     raw = line.raw
                     if outdated(line):
-                        raw = _encoded(_row(line).model_copy(update=dict(facts[line.head["id"]])))
+                        raw = _encoded(_row(line, _amended(line.head, facts[line.head["id"]])))
                         changed += 1
                     out.write(raw)
                 out.flush()
@@ -476,9 +492,16 @@ def _encoded(row: Row) -> bytes:
     return (row.model_dump_json(exclude_none=True) + "\n").encode()
 
 
-def _row(line: _Line) -> Row:
+def _amended(head: Mapping[str, Any], facts: Mapping[str, Any]) -> dict[str, Any]:
+    """A row with other facts, as plain values; an attempt that failed has no scores."""
+    scores = facts.get("scores", {}) if head["status"] == "ok" else {}
+    return {**head, **facts, "scores": {**head.get("scores", {}), **scores}}
+
+
+def _row(line: _Line, content: Mapping[str, Any] | None = None) -> Row:
+    """The row of a line, or what it becomes with other content."""
     try:
-        return Row.model_validate_json(line.raw)
+        return Row.model_validate_json(line.raw) if content is None else Row.model_validate(content)
     except ValidationError as e:
         raise _damaged(line.path, line.number, _first(e)) from e
 

@@ -24,6 +24,9 @@ class PromptScore:
         values: The score of each seed, in the order of seeds.
         seeds: The seeds that ``values`` belong to.
         space: Space of the predictions that were compared.
+        family: Its family in the source, if any.
+        control: The control that it was made for; None: it was asked for.
+        origin: For a control: the id of the prompt that it was made from.
     """
 
     prompt_id: str
@@ -34,6 +37,9 @@ class PromptScore:
     values: tuple[float, ...]
     seeds: tuple[int, ...]
     space: str
+    family: str | None = None
+    control: str | None = None
+    origin: str | None = None
 
 
 def prompt_scores(
@@ -87,4 +93,16 @@ def _value(row: Row, detector: str, window: tuple[int, int] | None) -> float:
 def _prompt(row: Row, space: str, values: list[tuple[int, float]]) -> PromptScore:
     seeds, scores = tuple(s for s, _ in values), tuple(v for _, v in values)
     mean = sum(scores) / len(scores)
-    return PromptScore(row.prompt_id, row.prompt, row.group, row.label, mean, scores, seeds, space)
+    return PromptScore(
+        prompt_id=row.prompt_id,
+        prompt=row.prompt,
+        group=row.group,
+        label=row.label,
+        score=mean,
+        values=scores,
+        seeds=seeds,
+        space=space,
+        family=row.family,
+        control=row.control,
+        origin=row.origin,
+    )

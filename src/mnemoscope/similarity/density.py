@@ -3,22 +3,29 @@
 Asked again and again with other seeds, a model draws a new picture for an ordinary prompt and nearly the same one for a
 memorized prompt. This needs pictures alone, no model and no training image: the black-box baseline of every score that looks
 inside. The paper calls a prompt memorized if 10 of 500 generations are pairwise near; here the share of near pairs and the
-largest such clique are scores like others, and what *near* means comes from a calibration.
+largest such clique are scores like others, and what *near* means comes from a calibration. :class:`DensityDetector` is
+what an audit runs, and there the default counts nothing: the mean similarity of the generations needs no δ and, unlike a share
+of so few pairs, is not coarse with a handful of seeds.
 """
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import networkx
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from ..errors import UsageError
+from ..errors import UnknownName, UsageError
+from ..plugins import installed
+from . import base
 from .base import Descriptor, Pictures
 
-__all__ = ["Density", "density", "near_by", "tiled_l2"]
+__all__ = ["Density", "DensityDetector", "density", "near_by", "tiled_l2"]
 
 TILES = 4
 """Tiles along each side: 16 of them, as in the paper."""
@@ -99,12 +106,94 @@ def density(near: Bool[Tensor, "n n"]) -> Density:
     Raises:
         UsageError: there are fewer than two generations, so there is no pair.
     """
-    n = len(near)
-    if n < 2:
-        raise UsageError(
-            f"density compares generations of one prompt with each other, and there is {n}; use at least 2 seeds."
-        )
+    n = _several(len(near))
     edges = near.triu(1).nonzero().tolist()
     graph = networkx.Graph(edges)
     clique = len(networkx.max_weight_clique(graph, weight=None)[0]) if edges else 1
     return Density(len(edges) / (n * (n - 1) / 2), clique, n)
+
+
+def _several(n: int) -> int:
+    if n < 2:
+        raise UsageError(
+            f"density compares generations of one prompt with each other, and there is {n}; use at least 2 seeds."
+        )
+    return n
+
+
+TILED = "tiled"
+"""The one way of comparing pictures that is a distance of pixels and no descriptor."""
+
+COUNTS = ("pairs", "clique")
+
+
+class DensityDetector:
+    """How alike the generations of one prompt are, as a score: the detector ``density``.
+
+    The score of generation i is the mean of its similarity to the other n − 1, so that the prompt's score, the mean over its
+    seeds, is the mean similarity of all n (n − 1) / 2 pairs. With ``near`` the similarity of a pair is 1 or 0, and the prompt's
+    score is the share of near pairs, :attr:`Density.pairs`.
+
+    Args:
+        descriptor: ``tiled``: 1 − :func:`tiled_l2`, the paper's; else an installed descriptor, and the cosine of its vectors.
+        near: When two generations count as near. For ``tiled`` a distance δ, and near is below; for a descriptor a similarity, and
+            near is above. None: nothing is counted, pairs are as similar as they are.
+        count: With ``near``: ``pairs``, or ``clique``, the share of the generations that are in the largest set of pairwise near
+            ones (1/n where no two are; n times the score is :attr:`Density.clique`).
+        descriptor_options: Arguments of the descriptor.
+
+    Raises:
+        UnknownName: no such descriptor, or no such ``count``.
+        UsageError: a clique without ``near``, or an option that the descriptor refuses.
+    """
+
+    name = "density"
+    needs = frozenset({"pictures"})
+    higher_is_more_memorized = True
+    steps_needed = 0
+    space = "picture"
+    costs = "no forwards beyond those of the pictures"
+
+    def __init__(
+        self,
+        descriptor: str = TILED,
+        near: float | int | None = None,
+        count: str = "pairs",
+        descriptor_options: Mapping[str, Any] | None = None,
+    ):
+        if count not in COUNTS:
+            raise UnknownName("count of density", count, COUNTS)
+        if count == "clique" and near is None:
+            raise UsageError(
+                "density: a clique is of generations that are near each other; say what near means, as in near=0.1."
+            )
+        if descriptor != TILED and descriptor not in installed("descriptor"):
+            raise UnknownName("descriptor", descriptor, [TILED, *installed("descriptor")])
+        self.descriptor, self.count = descriptor, count
+        self.near = None if near is None else float(near)
+        self._describe = None if descriptor == TILED else base.build(descriptor, descriptor_options)
+        identity = {"tiles": TILES} if self._describe is None else self._describe.identity()
+        # A plain value, and public: thresholds are kept with what detectors hold in public, and must not outlive other weights.
+        self.identity = json.dumps(identity, sort_keys=True, default=str)
+
+    def score(self, pictures: Float[Tensor, "n 3 height width"]) -> Float[Tensor, " n"]:
+        """How alike each generation is to the others of its prompt.
+
+        Raises:
+            UsageError: there is only one, or the pictures are too small to be compared.
+        """
+        n = _several(len(pictures))
+        alike = self._alike(pictures)
+        if self.count == "clique":
+            return torch.full((n,), density(alike.bool()).clique / n, device=pictures.device)
+        alike = alike.float()
+        return (alike.sum(1) - alike.diagonal()) / (n - 1)
+
+    def _alike(self, pictures: Pictures) -> Float[Tensor, "n n"] | Bool[Tensor, "n n"]:
+        if self._describe is None:
+            distance = tiled_l2(pictures, pictures)
+            return 1 - distance if self.near is None else distance < self.near
+        if self.near is not None:
+            return near_by(pictures, self._describe, self.near)
+        vectors = self._describe(pictures)
+        return vectors @ vectors.T

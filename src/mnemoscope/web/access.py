@@ -1,7 +1,8 @@
 """Who may look: this machine, unless a host and a token are given; and what a page may do in a browser: nothing but show itself.
 
-Another page in the same browser cannot read ours: the server answers only to names that are its own (against DNS rebinding), and
-only to ``GET``. A content security policy allows our one script and our one style sheet, and no address but ours.
+Another page in the same browser cannot read ours: the server answers only to names that are its own (against DNS rebinding), only
+to ``GET`` where nothing else was said, and to nothing that a page of another server makes the browser send. A content security
+policy allows our one script and our one style sheet, and no address but ours.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ import hmac
 import ipaddress
 import re
 import socket
-from urllib.parse import parse_qsl, quote, urlencode
+from collections.abc import Collection, Mapping
+from urllib.parse import parse_qsl, quote, urlencode, urlsplit
 
 from starlette.datastructures import MutableHeaders
 from starlette.requests import HTTPConnection
@@ -20,11 +22,15 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ..errors import UsageError
 
-__all__ = ["Gate", "hosts", "is_loopback"]
+__all__ = ["HEADERS", "Gate", "hosts", "is_loopback"]
 
 LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
 
 COOKIE = "mnemoscope-view"
+
+READING = frozenset({"GET", "HEAD"})
+TOKEN = "MNEMOSCOPE_VIEW_TOKEN"
+"""The environment variable that holds the token of `mnemoscope view`."""
 
 HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src data:; connect-src 'self'; "
@@ -40,7 +46,7 @@ HEADERS = {
 """Sent with everything."""
 
 NO_TOKEN = (
-    "401: this server asks for its token. Open the address once with ?token=… (what MNEMOSCOPE_VIEW_TOKEN or --token was set to), "
+    "401: this server asks for its token. Open the address once with ?token=… (what {variable} or --token was set to), "
     "or send the header Authorization: Bearer ….\n"
 )
 
@@ -53,12 +59,13 @@ def is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def hosts(host: str, token: str | None) -> frozenset[str]:
+def hosts(host: str, token: str | None, variable: str = TOKEN) -> frozenset[str]:
     """The names by which a server may be called, besides addresses in digits, which no name server can forge.
 
     Args:
         host: Where it listens.
         token: What it asks for.
+        variable: The environment variable that a token is best set by.
 
     Raises:
         UsageError: others than this machine could reach it, and there is no token.
@@ -69,7 +76,7 @@ def hosts(host: str, token: str | None) -> frozenset[str]:
         return LOOPBACK | {host}
     if token is None:
         raise UsageError(
-            f"--host {host} would show the runs to others than this machine; set MNEMOSCOPE_VIEW_TOKEN to a long random word as well, "
+            f"--host {host} would let in others than this machine; set {variable} to a long random word as well, "
             "or leave --host out."
         )
     return LOOPBACK | {host, socket.gethostname().lower(), socket.getfqdn().lower()}
@@ -82,14 +89,27 @@ class Gate:
         app: The application behind it.
         host: Where the server listens.
         token: What a visitor must show; None: nothing.
+        variable: The environment variable that a token is best set by, as messages name it.
+        methods: What may be asked for.
+        headers: Sent with every answer.
 
     Raises:
         UsageError: see :func:`hosts`.
     """
 
-    def __init__(self, app: ASGIApp, host: str = "127.0.0.1", token: str | None = None):
+    def __init__(
+        self,
+        app: ASGIApp,
+        host: str = "127.0.0.1",
+        token: str | None = None,
+        *,
+        variable: str = TOKEN,
+        methods: Collection[str] = READING,
+        headers: Mapping[str, str] = HEADERS,
+    ):
         self.app = app
-        self.names = hosts(host, token)
+        self.names = hosts(host, token, variable)
+        self.variable, self.methods, self.headers = variable, methods, headers
         self.digits = not is_loopback(host)
         self.token = token
         # The cookie is not the token itself: browsers send cookies to every port of a host.
@@ -106,7 +126,7 @@ class Gate:
         async def send_guarded(message: Message) -> None:
             if message["type"] == "http.response.start":
                 headers = MutableHeaders(scope=message)
-                for name, value in HEADERS.items():
+                for name, value in self.headers.items():
                     headers[name] = value
             await send(message)
 
@@ -119,8 +139,12 @@ class Gate:
                 "421: this server does not answer to that name; open it as http://127.0.0.1 or http://localhost with its port.\n",
                 421,
             )
-        if asked.scope["method"] not in ("GET", "HEAD"):
-            return PlainTextResponse("405: there is nothing to change here.\n", 405, {"Allow": "GET, HEAD"})
+        if asked.scope["method"] not in self.methods:
+            return PlainTextResponse(
+                "405: there is nothing to change here.\n", 405, {"Allow": ", ".join(sorted(self.methods))}
+            )
+        if _foreign(asked):
+            return PlainTextResponse("403: this was sent by a page of another server; open ours instead.\n", 403)
         return None if self.token is None else self._without_token(asked)
 
     def _ours(self, given: list[str]) -> bool:
@@ -137,7 +161,7 @@ class Gate:
             return None
         if self._same(asked.query_params.get("token", ""), self.token or ""):
             return self._welcome(asked)
-        return PlainTextResponse(NO_TOKEN, 401, {"WWW-Authenticate": "Bearer"})
+        return PlainTextResponse(NO_TOKEN.format(variable=self.variable), 401, {"WWW-Authenticate": "Bearer"})
 
     def _welcome(self, asked: HTTPConnection) -> Response:
         """A cookie, and the same address without the token, so that it stays in no history."""
@@ -157,6 +181,12 @@ def _hostname(header: str) -> str:
     """The name in a Host header, without port and brackets, in lower case; empty: it is none."""
     found = re.fullmatch(r"(?:\[([0-9a-f:.]+)\]|([^:\[\]]+))(?::[0-9]+)?", header.strip().lower())
     return "" if found is None else found[1] or found[2]
+
+
+def _foreign(asked: HTTPConnection) -> bool:
+    """Whether a page of another server made the browser send this: browsers name the sender wherever it could do harm."""
+    sender = asked.headers.get("origin")
+    return sender is not None and urlsplit(sender).netloc.lower() != asked.headers["host"].strip().lower()
 
 
 def _is_address(name: str) -> bool:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from socket import socket
-from typing import Any
+from typing import Any, Literal
 
 import uvicorn
 from jinja2 import ChoiceLoader, Environment, PackageLoader
@@ -81,15 +81,21 @@ def create_app(folder: str | Path, *, host: str = "127.0.0.1", token: str | None
     )
 
 
-def serve(app: ASGIApp, listening: socket) -> None:
-    """Answer on a socket that is bound, until interrupted. Addresses are not logged: one of them may hold a token."""
+def serve(app: ASGIApp, listening: socket, *, lifespan: Literal["on", "off"] = "off") -> None:
+    """Answer on a socket that is bound, until interrupted. Addresses are not logged: one of them may hold a token.
+
+    Args:
+        app: What answers.
+        listening: The socket.
+        lifespan: Whether the application wants to be told when it starts and ends.
+    """
     config = uvicorn.Config(
         app,
         log_level="warning",
         access_log=False,
         server_header=False,
         proxy_headers=False,
-        lifespan="off",
+        lifespan=lifespan,
         ws="none",
         timeout_graceful_shutdown=1,
     )

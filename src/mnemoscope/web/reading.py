@@ -354,7 +354,7 @@ class _Columns:
 
     def __init__(self) -> None:
         self.at: dict[str, int] = {}
-        self.prompts: list[tuple[str, str, str | None]] = []
+        self.prompts: list[tuple[str, str, str | None, str | None]] = []
         self._prompt_number: dict[tuple[str, str], int] = {}
         self.prompt = array("q")
         self.seed: list[int] = []
@@ -411,13 +411,13 @@ class _Columns:
         key = (row.prompt_id, row.prompt)
         if key not in self._prompt_number:
             self._prompt_number[key] = len(self.prompts)
-            self.prompts.append((*key, row.group))
+            self.prompts.append((*key, row.group, row.control))
         return self._prompt_number[key]
 
     def __iter__(self) -> Iterator[Row]:
         """Rows with what a summary reads of them: no per-step values, no labels, no files."""
         for i, id in enumerate(self.at):
-            prompt_id, prompt, group = self.prompts[self.prompt[i]]
+            prompt_id, prompt, group, control = self.prompts[self.prompt[i]]
             scores = {
                 name: Score.model_construct(value=values[i], space=self.space[name], per_step=[])
                 for name, values in self.scores.items()
@@ -430,6 +430,7 @@ class _Columns:
                 seed=self.seed[i],
                 status="ok" if self.ok[i] else "error",
                 group=group,
+                control=control,
                 label=None,
                 scores=scores,
                 tokens_dropped=self.dropped[i],
@@ -448,7 +449,7 @@ class _Columns:
 
     def line(self, i: int, id: str, detector: str | None) -> Line:
         """One sample."""
-        prompt_id, prompt, group = self.prompts[self.prompt[i]]
+        prompt_id, prompt, group, _ = self.prompts[self.prompt[i]]
         near, ok, values = self._nearest(i), bool(self.ok[i]), self.scores.get(detector or "")
         return Line(
             id=id,
@@ -543,7 +544,7 @@ class _Reader:
         ids = list(columns.at)
         thresholds = read_part(self.folder / "thresholds.json", Thresholds.model_validate_json)
         summary = summarize(columns, run.manifest, thresholds, name=self.folder.name)
-        findings = {(f.prompt_id, f.prompt): f for f in summary.findings}
+        findings = {(f.prompt_id, f.prompt): f for f in (*summary.findings, *summary.variants)}
         members: dict[tuple[str, str], list[int]] = {}
         for i, number in enumerate(columns.prompt):
             members.setdefault(columns.prompts[number][:2], []).append(i)
