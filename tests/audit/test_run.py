@@ -35,6 +35,7 @@ from mnemoscope.records.store import Run, digest
 from mnemoscope.records.table import prompt_scores
 from mnemoscope.report.html import write_report
 from mnemoscope.report.summary import read_summary
+from mnemoscope.similarity.pixels import Pixels
 from mnemoscope.similarity.reference import ReferenceSet
 from mnemoscope.types import Latents
 
@@ -652,7 +653,8 @@ def big() -> World:
 
 def test_pictures_are_kept_and_compared(big: World, ask: Callable[..., AuditConfig]) -> None:
     mona = generate(big, "the mona lisa")
-    reference = Shown.of(["mona", "noise"], torch.cat([mona, torch.rand(1, 3, 16, 16, generator=torch.manual_seed(0))]))
+    pictures = torch.cat([mona, torch.rand(1, 3, 16, 16, generator=torch.manual_seed(0))])
+    reference = Shown.of(["mona", "noise"], pictures, Pixels())
     reference.threshold = 0.6
     seen: list[Progress] = []
     config = ask(prompts=["a cat", "the mona lisa"], seeds=2, images=True, steps=10)

@@ -32,7 +32,7 @@ def pictures(tmp_path, monkeypatch):
 
 
 def test_build_info_query(run, pictures):
-    code, out, err = run("index", "build", "pictures", "--out", "refs")
+    code, out, err = run("index", "build", "pictures", "--out", "refs", "--descriptor", "pixels")
     assert code == 0, err
     assert err.startswith("Indexing pictures …")
     assert "pictures\t10" in out
@@ -75,7 +75,7 @@ def test_a_threshold_from_other_pictures(run, pictures, tmp_path):
 
 
 def test_the_same_command_continues_with_the_same_descriptor(run, pictures):
-    assert run("index", "build", "pictures", "--out", "refs", "--descriptor-option", "side=8")[0] == 0
+    assert run("index", "build", "pictures", "--out", "refs", "--descriptor", "pixels", "--descriptor-option", "side=8")[0] == 0
     smooth(50).save(pictures / "50.png")
     code, out, _ = run("index", "build", "pictures", "--out", "refs")
     assert code == 0
@@ -92,7 +92,7 @@ def test_the_same_command_continues_with_the_same_descriptor(run, pictures):
         (["index", "build", "nowhere"], "nowhere does not exist"),
         (["index", "build", "pictures", "--descriptor", "pixel"], "Did you mean 'pixels'?"),
         (["index", "build", "pictures", "--descriptor-option", "side"], "write name=value"),
-        (["index", "build", "pictures", "--descriptor-option", "sise=3"], "Did you mean 'side'?"),
+        (["index", "build", "pictures", "--descriptor", "pixels", "--descriptor-option", "sise=3"], "Did you mean 'side'?"),
         (["index", "build", "pictures", "--dtype", "float8"], "no dtype of an index named 'float8'"),
         (["index", "info", "nowhere"], "nowhere holds no index"),
         (["index", "query", "nowhere", "x.png"], "nowhere holds no index"),
@@ -130,7 +130,7 @@ def test_the_first_line_comes_before_torch():
 
 
 def test_duplicates_of_a_folder(run, pictures):
-    code, out, err = run("duplicates", "pictures", "--out", "dup")
+    code, out, err = run("duplicates", "pictures", "--out", "dup", "--descriptor", "pixels")
     assert code == 0, err
     assert (
         "3 of 10 pictures with a near-duplicate (pixels-16 above 0.98), in 1 cluster; 2 pictures could go, 1 of them"

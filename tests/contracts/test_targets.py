@@ -132,6 +132,17 @@ def test_gradients_flow_to_the_state(target):
 
 
 @every(*TEXT)
+def test_every_position_stands_for_something(target):
+    for prompt in ["", *PROMPTS]:
+        pieces = target.pieces(prompt)
+        assert len(pieces) == target.encode([prompt]).tokens.shape[1]
+        assert [p.text for p in pieces if p.kind == "text"] == target.tokens(prompt)
+        for piece in pieces:
+            assert 0 <= piece.start <= piece.end <= len(prompt)
+            assert (piece.kind == "text") is (piece.end > piece.start)
+
+
+@every(*TEXT)
 def test_gradients_flow_to_the_tokens(target):
     cond = target.encode(PROMPTS)
     tokens = cond.tokens.clone().requires_grad_()

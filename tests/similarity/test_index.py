@@ -61,7 +61,7 @@ def test_it_is_a_reference_set(pictures, tmp_path):
     files = sorted(pictures.rglob("*.png"), key=lambda p: p.relative_to(pictures).as_posix())
     names = [p.relative_to(pictures).as_posix() for p in files]
     seeds = [int(p.stem) for p in files]
-    plain = ReferenceSet.of(names, tensor(*seeds))
+    plain = ReferenceSet.of(names, tensor(*seeds), Pixels())
     noise = 0.05 * torch.randn(20, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     asked = (tensor(*range(20)) + noise).clamp(0, 1)
     for here, there in zip(index.nearest(asked), plain.nearest(asked), strict=True):

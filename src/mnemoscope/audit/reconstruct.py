@@ -7,19 +7,34 @@ to a reference therefore stands the similarity to the reference's own reconstruc
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from ..models.base import Target
+from ..types import Latents
 
 __all__ = ["Reconstructions"]
 
 REMEMBERED = 4096
 """References whose reconstruction's descriptor is kept."""
+
+
+@runtime_checkable
+class Autoencodes(Protocol):
+    """What is asked of a target here."""
+
+    latent_shape: tuple[int, int, int]
+
+    def encode_images(self, images: Float[Tensor, "batch 3 rows columns"]) -> Latents:
+        """x₀ of pictures in [0, 1]."""
+        ...
+
+    def decode(self, x: Latents) -> Float[Tensor, "batch 3 rows columns"]:
+        """Pictures in [0, 1]."""
+        ...
 
 
 class Reconstructions:
@@ -30,7 +45,7 @@ class Reconstructions:
         reference: A reference set; one without a ``descriptor``, or that cannot show its pictures, has no reconstructions.
     """
 
-    def __init__(self, target: Target, reference: Any):
+    def __init__(self, target: Autoencodes, reference: Any):
         self.target = target
         self._describe: Any = getattr(reference, "descriptor", None)
         self._image: Any = getattr(reference, "image", None)

@@ -56,7 +56,7 @@ PACKAGES = {
     FLUENT: "c1bb7eee7de090205a232518a9ab4adb3df458bfbe8a1f78232991194c8b2e58",
     WORDS: "d01d0e2ca4e22cb402679532155342c71e2e871f25c32223c013b8b166ebdf5a",
 }
-ENCODER = "Pillow 13.0.0 with libwebp 1.6.0"
+ENCODER = "Pillow 12.3.0 with libwebp 1.6.0"
 """What resized the bundled pictures and wrote them as lossless WebP. Another release may choose other bytes for the same pixels."""
 LICENSES = {NOTO: "Apache-2.0", FLUENT: "MIT"}
 

@@ -65,7 +65,7 @@ def demo(
         out=str(folder),
         notes=[
             "The bundled model is small and was trained to have copies in it; its figures say nothing about other models.",
-            "Copies were looked for by thumbnails, which do not see mirrored, cropped or turned copies.",
+            "Copies were looked for by the bundled fingerprint, which was trained on pictures of this kind.",
         ],
     )
     run = audit(config, target=target, reference=world.reference, progress=progress, kind="demo", command=command)

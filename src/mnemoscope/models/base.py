@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float
@@ -58,6 +59,50 @@ class Condition:
         first = parts[0]
         extra = {k: torch.cat([p.extra[k] for p in parts]) for k in first.extra}
         return replace(first, tokens=torch.cat([p.tokens for p in parts]), extra=extra)
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """What one position of an encoded prompt stands for.
+
+    Attributes:
+        text: The token as the vocabulary writes it; empty for special tokens.
+        kind: ``start``, ``text``, ``end`` (the first end-of-text) or ``padding``.
+        start: First character of the prompt that it stands for.
+        end: One past the last; equal to ``start`` where it stands for none.
+    """
+
+    text: str
+    kind: Literal["start", "text", "end", "padding"]
+    start: int = 0
+    end: int = 0
+
+
+@runtime_checkable
+class Vocabulary(Protocol):
+    """A target that knows which words lie close to a word."""
+
+    def neighbors(self, words: list[str], k: int, among: Collection[str] | None = None) -> list[list[str]]:
+        """The k words nearest to each word, nearest first; among those given, or in the whole vocabulary."""
+        ...
+
+
+@runtime_checkable
+class EndMaps(Protocol):
+    """Attention to the end of a prompt, of the last forward that was watched."""
+
+    def maps(self) -> Float[Tensor, "batch height width"]:
+        """In the resolution of the layers it comes from, on the device."""
+        ...
+
+
+@runtime_checkable
+class AttendsToEnd(Protocol):
+    """A target whose denoiser pays attention to the end token of a prompt, and can be watched doing so."""
+
+    def end_token_attention(self, ends: Sequence[int]) -> AbstractContextManager[EndMaps]:
+        """Watch forwards inside the block; ``ends`` is the position of the end token of each row of the batch."""
+        ...
 
 
 @runtime_checkable
@@ -116,6 +161,10 @@ class Target(Protocol):
 
     def tokens(self, prompt: str) -> list[str]:
         """The prompt's tokens as the encoder sees them, without start, end and padding."""
+        ...
+
+    def pieces(self, prompt: str) -> list[Piece]:
+        """What each position of ``encode([prompt]).tokens`` stands for, in order."""
         ...
 
     def dropped(self, prompt: str) -> int:

@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -39,7 +40,7 @@ from torch.nn.functional import normalize
 from ..errors import CannotAudit, UnknownName, UsageError
 from ..types import Latents, PerSample, Space
 from . import identity
-from .base import Condition, noise_from_seeds
+from .base import Condition, Piece, noise_from_seeds
 from .sampling import denoise
 
 Value: TypeAlias = int | float | Sequence[int | float] | Tensor
@@ -267,6 +268,13 @@ class ClosedForm(ABC):
     def tokens(self, prompt: str) -> list[str]:
         """The words the encoder sees; word i is token i of the condition. Raises CannotAudit on a world without text."""
         return self._words(prompt)[: self.options.context]
+
+    def pieces(self, prompt: str) -> list[Piece]:
+        """Word i at place i, then padding, which carries nothing. Raises CannotAudit on a world without text."""
+        visible = self.tokens(prompt)
+        found = zip(visible, re.finditer(r"\S+", prompt), strict=False)
+        words = [Piece(word, "text", *at.span()) for word, at in found]
+        return words + [Piece("", "padding")] * (self.options.context - len(words))
 
     def dropped(self, prompt: str) -> int:
         """How many words lie beyond the context. Raises CannotAudit on a world without text."""

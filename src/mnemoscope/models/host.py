@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..errors import CannotAudit, UnknownName, UsageError
 from ..types import Latents, Space, precise
 from . import identity
-from .base import Condition, noise_from_seeds
+from .base import Condition, Piece, noise_from_seeds
 
 DETERMINISTIC = frozenset(
     {
@@ -197,6 +197,10 @@ class DiffusersTarget(ABC):
     @abstractmethod
     def tokens(self, prompt: str) -> list[str]:
         """The tokens the encoder sees, without start, end and padding."""
+
+    @abstractmethod
+    def pieces(self, prompt: str) -> list[Piece]:
+        """What each position of an encoded prompt stands for."""
 
     @abstractmethod
     def dropped(self, prompt: str) -> int:

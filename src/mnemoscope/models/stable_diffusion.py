@@ -6,7 +6,9 @@ of the empty string (Wen et al. 2024, section 3).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import itertools
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -14,8 +16,9 @@ from torch import Tensor
 
 from ..errors import CannotAudit, UsageError
 from ..types import Latents
-from . import identity
-from .base import Condition
+from . import identity, spelling
+from .attention import EndAttention, end_token_attention
+from .base import Condition, Piece
 from .host import DiffusersTarget, Origin
 
 TEXT_BATCH = 64
@@ -56,8 +59,8 @@ class StableDiffusion(DiffusersTarget):
         self.tokenizer, self.text_encoder = pipe.tokenizer, pipe.text_encoder
         self._reject_other_inputs()
         # Textual inversion may write one word as several tokens (word, word_1, …); the pipeline knows which.
-        inverted = any(token.endswith("_1") for token in self.tokenizer.get_added_vocab())
-        self._spelled_out = pipe.maybe_convert_prompt if inverted else lambda prompts, _: prompts
+        self._written_out = _written_out(self.tokenizer.get_added_vocab())
+        self._spelled_out = pipe.maybe_convert_prompt if self._written_out else lambda prompts, _: prompts
         self._null: Tensor | None = None
 
     @staticmethod
@@ -162,6 +165,17 @@ class StableDiffusion(DiffusersTarget):
         seen = self._content(prompt)[: self._room]
         return [token.removesuffix("</w>") for token in self.tokenizer.convert_ids_to_tokens(seen)]
 
+    def pieces(self, prompt: str) -> list[Piece]:
+        """Start, the tokens with their characters in the prompt, end and padding: one for each position of ``encode``."""
+        spelled = self._spelled_out([_clean(prompt)], self.tokenizer)[0]
+        found = spelling.spell(self.tokenizer, spelled, self.tokenizer.model_max_length)
+        return found if spelled == prompt else spelling.unspell(found, spelled, self._written_out)
+
+    def neighbors(self, words: list[str], k: int, among: Collection[str] | None = None) -> list[list[str]]:
+        """The k words nearest to each word by their token embeddings, among those given or the vocabulary's whole words."""
+        table = self.text_encoder.get_input_embeddings().weight
+        return spelling.neighbors(self.tokenizer, table, [_clean(word) for word in words], k, among)
+
     def dropped(self, prompt: str) -> int:
         """How many tokens at the prompt's end the encoder cannot see (0: none)."""
         return max(0, len(self._content(prompt)) - self._room)
@@ -175,6 +189,21 @@ class StableDiffusion(DiffusersTarget):
         self.forwards += len(x)
         seen, tokens = self._here(x, cond.tokens)
         return self.unet(seen, t, encoder_hidden_states=tokens, return_dict=False)[0]
+
+    def end_token_attention(self, ends: Sequence[int]) -> AbstractContextManager[EndAttention]:
+        """Watch the UNet's attention to each row's end token; see :func:`mnemoscope.models.attention.end_token_attention`."""
+        _, height, width = self.latent_shape
+        return end_token_attention(self.unet, ends, (height, width))
+
+
+def _written_out(added: Collection[str]) -> dict[str, str]:
+    """What textual inversion makes of its words of several tokens: as the encoder is given it → as it is typed."""
+    found = {}
+    for token in added:
+        if f"{token}_1" in added:
+            more = itertools.takewhile(added.__contains__, (f"{token}_{i}" for i in itertools.count(1)))
+            found[" ".join([token, *more])] = token
+    return found
 
 
 def _clean(prompt: str) -> str:

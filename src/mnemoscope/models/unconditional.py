@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..errors import CannotAudit
 from ..types import Latents
-from .base import Condition
+from .base import Condition, Piece
 from .host import DiffusersTarget, Origin
 
 
@@ -69,6 +69,10 @@ class Unconditional(DiffusersTarget):
         self._no_text()
 
     def tokens(self, prompt: str) -> list[str]:
+        """Not possible: the model takes no text."""
+        self._no_text()
+
+    def pieces(self, prompt: str) -> list[Piece]:
         """Not possible: the model takes no text."""
         self._no_text()
 

@@ -1,0 +1,1 @@
+"""Trying prompts by hand: a score, the words behind it, pictures, and what an edit does to them."""
