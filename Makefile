@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help demo test lint types contracts pytest wheel world clean
+.PHONY: help demo test lint types contracts pytest wheel benchmark world clean
 
 help:  ## what can be made
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -39,6 +39,10 @@ wheel: .venv/.dev  ## build the wheel and use it away from this folder
 	rm -rf build/wheel
 	$(BIN)/python -m build --wheel --no-isolation --outdir build/wheel > /dev/null
 	$(BIN)/python tests/check_wheel.py build/wheel
+
+benchmark: .venv/.dev  ## measure again what docs/benchmark.md, descriptors.md and model-card.md state (about an hour)
+	for script in world copies descriptors captions benchmark; do $(BIN)/python bench/$$script.py || exit 1; done
+	$(BIN)/python bench/controls.py --write docs/benchmark.md
 
 world: .venv/.run  ## rebuild the bundled pictures from their packages (needs npm) and compare
 	$(BIN)/python -m mnemoscope.demo.build build/world --check

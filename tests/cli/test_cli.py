@@ -16,7 +16,20 @@ from mnemoscope.audit.run import Progress
 from mnemoscope.cli import main as cli
 from mnemoscope.cli import screen
 
-COMMANDS = ["demo", "check", "explain", "audit", "calibrate", "report", "ls", "doctor", "gate", "index", "duplicates", "view"]
+COMMANDS = [
+    "demo",
+    "check",
+    "explain",
+    "audit",
+    "calibrate",
+    "report",
+    "ls",
+    "doctor",
+    "gate",
+    "index",
+    "duplicates",
+    "view",
+]
 
 
 @pytest.mark.parametrize(

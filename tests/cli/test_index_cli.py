@@ -75,7 +75,10 @@ def test_a_threshold_from_other_pictures(run, pictures, tmp_path):
 
 
 def test_the_same_command_continues_with_the_same_descriptor(run, pictures):
-    assert run("index", "build", "pictures", "--out", "refs", "--descriptor", "pixels", "--descriptor-option", "side=8")[0] == 0
+    assert (
+        run("index", "build", "pictures", "--out", "refs", "--descriptor", "pixels", "--descriptor-option", "side=8")[0]
+        == 0
+    )
     smooth(50).save(pictures / "50.png")
     code, out, _ = run("index", "build", "pictures", "--out", "refs")
     assert code == 0
@@ -92,7 +95,10 @@ def test_the_same_command_continues_with_the_same_descriptor(run, pictures):
         (["index", "build", "nowhere"], "nowhere does not exist"),
         (["index", "build", "pictures", "--descriptor", "pixel"], "Did you mean 'pixels'?"),
         (["index", "build", "pictures", "--descriptor-option", "side"], "write name=value"),
-        (["index", "build", "pictures", "--descriptor", "pixels", "--descriptor-option", "sise=3"], "Did you mean 'side'?"),
+        (
+            ["index", "build", "pictures", "--descriptor", "pixels", "--descriptor-option", "sise=3"],
+            "Did you mean 'side'?",
+        ),
         (["index", "build", "pictures", "--dtype", "float8"], "no dtype of an index named 'float8'"),
         (["index", "info", "nowhere"], "nowhere holds no index"),
         (["index", "query", "nowhere", "x.png"], "nowhere holds no index"),

@@ -26,7 +26,9 @@ def tiny_clip(tmp_path_factory):
     vision = CLIPVisionConfig(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=32,
                               patch_size=8, projection_dim=8)  # fmt: skip
     torch.manual_seed(0)
-    CLIPModel(CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=8)).save_pretrained(folder)
+    CLIPModel(CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=8)).save_pretrained(
+        folder
+    )
     return folder
 
 
@@ -37,7 +39,11 @@ def pictures(n, size=48):
 def test_clip_is_the_cosine_of_the_two_embeddings(tiny_clip):
     from transformers import CLIPModel, CLIPTokenizer
 
-    score, model, tokenizer = CLIP(str(tiny_clip)), CLIPModel.from_pretrained(tiny_clip), CLIPTokenizer.from_pretrained(tiny_clip)
+    score, model, tokenizer = (
+        CLIP(str(tiny_clip)),
+        CLIPModel.from_pretrained(tiny_clip),
+        CLIPTokenizer.from_pretrained(tiny_clip),
+    )
     x, captions = pictures(3, 32), ["a cat", "dog", "zebra"]
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (CLIP.MEAN, CLIP.STD))
     with torch.no_grad():

@@ -58,7 +58,9 @@ def test_a_plain_card_is_a_copy_of_nothing():
 
 
 def test_large_pictures_are_reduced_alike():
-    x = F.interpolate(torch.rand(1, 3, 6, 6, generator=torch.Generator().manual_seed(0)), (1500, 1100), mode="bicubic").clamp(0, 1)
+    x = F.interpolate(
+        torch.rand(1, 3, 6, 6, generator=torch.Generator().manual_seed(0)), (1500, 1100), mode="bicubic"
+    ).clamp(0, 1)
     prepared = Fingerprint().prepare(Image.fromarray((x[0].permute(1, 2, 0) * 255).byte().numpy()))
     assert (Fingerprint()(prepared[None]) * Fingerprint()(x)).sum() > 0.995
 

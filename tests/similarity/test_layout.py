@@ -51,7 +51,9 @@ def test_families_of_the_bundled_world_share_theirs():
     family = [r.picture for r in world.of("template") if r.family and r.family.startswith("teal striped card")]
     other = list(dict.fromkeys(r.picture for r in world.of("heldout")))[:40]
     described = quarters(world.pictures(family))
-    inside = torch.stack([layout_similarity(d, described[torch.arange(len(family)) != i]) for i, d in enumerate(described)])
+    inside = torch.stack(
+        [layout_similarity(d, described[torch.arange(len(family)) != i]) for i, d in enumerate(described)]
+    )
     outside = torch.stack([layout_similarity(d, quarters(world.pictures(other))) for d in described])
     assert inside.mean() > 0.85
     assert outside.max() < inside.median()
@@ -88,7 +90,9 @@ def test_a_reference_set_tells_copies_from_templates():
     reference = ReferenceSet.of([str(i) for i in range(12)], x, Pixels())
     reference.calibrate(busy(200, seed=5), fmr=0.05)
     assert reference.layout_threshold is not None
-    copy, template, other = reference.nearest(torch.cat([x[3:4], with_detail(x[4:5], busy(1, seed=7)), busy(1, seed=8)]))
+    copy, template, other = reference.nearest(
+        torch.cat([x[3:4], with_detail(x[4:5], busy(1, seed=7)), busy(1, seed=8)])
+    )
     assert (copy.copy_found, copy.template_found) == (True, False)
     assert (template.layout_reference, template.template_found) == ("4", not template.copy_found)
     assert template.layout > 0.95

@@ -146,6 +146,19 @@ def test_downloads_have_names_that_nobody_guesses(small):
     assert len(packets._folders) == 64
 
 
+def test_visitors_queue_for_the_one_model(small):
+    async def built():
+        return page.build(small, lambda folder: "key").blocks
+
+    blocks = asyncio.run(built())
+    working = [fn for fn in blocks.fns.values() if fn.queue]
+    assert len(working) > 5
+    assert {(fn.concurrency_id, fn.concurrency_limit) for fn in working} == {("model", 1)}
+    assert {fn.api_visibility for fn in blocks.fns.values()} == {"private"}
+    assert blocks._queue.max_size == page.QUEUE
+    assert not blocks.analytics_enabled
+
+
 # What a visitor does ------------------------------------------------------------------------------------------------------
 
 

@@ -38,7 +38,8 @@ Source = Annotated[
 ]
 Folder = Annotated[Path, typer.Argument(help="Folder of the index.")]
 DescriptorName = Annotated[
-    str | None, _option("Descriptor, see `mnemoscope ls descriptors`; default: the index's, or fingerprint.", "--descriptor")
+    str | None,
+    _option("Descriptor, see `mnemoscope ls descriptors`; default: the index's, or fingerprint.", "--descriptor"),
 ]
 DescriptorOption = Annotated[
     list[str] | None, _option("name=value handed to the descriptor; repeatable.", "--descriptor-option")
