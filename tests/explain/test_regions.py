@@ -56,9 +56,9 @@ def test_the_last_step_is_the_default_and_several_are_averaged():
     world = template()
     steps = list(denoise(world, world.noise([0]), world.encode(["a card"]), world.encode([""]), steps=8))
     maps = [score_difference(s.cond, s.uncond).float() for s in steps]
-    torch.testing.assert_close(regions(world, "a card", steps=8).maps, maps[-1])
-    torch.testing.assert_close(regions(world, "a card", steps=8, at=range(8)).maps, torch.stack(maps).mean(0))
-    torch.testing.assert_close(regions(world, "a card", steps=8).images, world.decode(steps[-1].x_next))
+    torch.testing.assert_close(regions(world, "a card", "score", steps=8).maps, maps[-1])
+    torch.testing.assert_close(regions(world, "a card", "score", steps=8, at=range(8)).maps, torch.stack(maps).mean(0))
+    torch.testing.assert_close(regions(world, "a card", "score", steps=8).images, world.decode(steps[-1].x_next))
 
 
 @pytest.mark.parametrize("space", ["eps", "velocity"])

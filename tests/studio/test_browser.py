@@ -195,9 +195,11 @@ def test_a_visitor_scores_edits_draws_exports_and_opens_again(page, address, out
 def test_drawing_is_cancelled_and_the_page_goes_on(page, address):
     page.goto(address)
     ask(page, "a red apple")
+    # Once, as soon as it can be seen: a model may be faster than a test, and a second click would have nothing to stop.
     page.evaluate(
-        "setInterval(() => document.querySelector('#stop')?.click(), 20)"
-    )  # a model may be faster than a test
+        "const wait = setInterval(() => { const stop = document.querySelector('#stop');"
+        " if (stop?.offsetParent) { stop.click(); clearInterval(wait); } }, 20)"
+    )
     page.locator("#draw").click()
     page.locator(".alert", has_text="Stopped").wait_for()
     page.locator("#stop").wait_for(state="hidden")

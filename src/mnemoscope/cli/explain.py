@@ -55,7 +55,7 @@ def explain(
         Path | None,
         typer.Option(help="Write a WebP that shows where the prompt pulls its pictures.", show_default=False),
     ] = None,
-    kind: Annotated[str, typer.Option(help="With --regions: score, curvature or attention.")] = "score",
+    kind: Annotated[str, typer.Option(help="With --regions: curvature, score or attention.")] = "curvature",
     calibration: Annotated[
         Path | None,
         typer.Option(help="Run folder of `mnemoscope calibrate`, or its thresholds.json.", show_default=False),

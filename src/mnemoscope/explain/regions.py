@@ -24,7 +24,9 @@ from ..models.base import AttendsToEnd, Condition, Target, mix, noise_from_seeds
 from ..models.sampling import denoise
 from ..types import Latents, Step, precise
 
-KINDS = ("score", "curvature", "attention")
+KINDS = ("curvature", "score", "attention")
+DEFAULT = "curvature"
+"""What finds the parts of templates that every picture repeats; docs/explanations.md has the measurement."""
 PROBES = 4
 PROBE_BASE = 0x9E3779B9
 """Base of the probes' seeds, so that they have nothing to do with the starting noise of the same seed."""
@@ -90,8 +92,7 @@ class Regions:
 
     def upsampled(self) -> Float[Tensor, "seed rows columns"]:
         """The maps at the size of the pictures, bilinear."""
-        size = self.images.shape[2:]
-        return interpolate(self.maps[:, None], size=size, mode="bilinear", align_corners=False)[:, 0]
+        return upsampled(self.maps, self.images.shape[2:])
 
     def __repr__(self) -> str:
         return f"Regions({self.prompt[:40]!r}: {self.kind}, {len(self.seeds)} seeds, steps {list(self.at)})"
@@ -105,7 +106,7 @@ class Regions:
 def regions(
     target: Target,
     prompt: str,
-    kind: str = "score",
+    kind: str = DEFAULT,
     *,
     seeds: int | Sequence[int] = 1,
     at: int | Sequence[int] | None = None,
@@ -119,7 +120,7 @@ def regions(
     Args:
         target: The model.
         prompt: The prompt.
-        kind: ``score`` needs nothing but the trajectory; ``curvature`` needs gradients; ``attention`` needs cross-attention.
+        kind: ``curvature`` needs gradients; ``score`` nothing but the trajectory; ``attention`` cross-attention to text.
         seeds: Number of generations (seeds 0 … n − 1), or the seeds themselves.
         at: Index of the sampler's step, or several to average over; None: the last one.
         steps: Length of the sampler's schedule.
@@ -142,8 +143,7 @@ def regions(
     noise = target.noise(chosen, base_seed)
     cond, null = target.encode([prompt]).expand(len(chosen)), target.encode([""])
     plan = target.schedule(steps)
-    shape = (probes, *target.latent_shape)
-    signs = noise_from_seeds(chosen, mix(PROBE_BASE, base_seed), shape).sign().transpose(0, 1).to(target.device)
+    signs = probes_of(target, chosen, probes, base_seed)
 
     def look(step: Step) -> Maps:
         if kind == "score":
@@ -152,7 +152,7 @@ def regions(
         t = plan.timesteps[step.index]
         if kind == "curvature":
             return curvature_difference(target, step.x, t, cond, null, signs)
-        return _end_attention(target, step.x, t, cond, prompt)
+        return end_attention(target, step.x, t, cond, prompt)
 
     seen, last = [], None
     for step in denoise(target, noise, cond, null, steps=steps, guidance=guidance, check=True):
@@ -168,14 +168,34 @@ def regions(
     return Regions(prompt, kind, maps, target.decode(last), chosen, looked, spent, backwards)
 
 
-def _end_attention(target: Target, x: Latents, t: Tensor, cond: Condition, prompt: str) -> Maps:
-    assert isinstance(target, AttendsToEnd)
+def probes_of(
+    target: Target, seeds: Sequence[int], k: int, base_seed: int = 0
+) -> Float[Tensor, "probe seed channel height width"]:
+    """K Rademacher probes for each seed, which depend on (base seed, seed) alone; the first of many is the same as one."""
+    rows = noise_from_seeds(seeds, mix(PROBE_BASE, base_seed), (k, *target.latent_shape))
+    return rows.sign().transpose(0, 1).to(target.device)
+
+
+def end_attention(target: Target, x: Latents, t: Tensor, cond: Condition, prompt: str) -> Maps:
+    """Cross-attention to the prompt's end token, in the resolution of the finest layers of the down path. Costs batch F.
+
+    Raises:
+        CannotAudit: the target's attention cannot be watched.
+    """
+    if not isinstance(target, AttendsToEnd):
+        raise CannotAudit(f"{target.name} has no cross-attention to the end of a prompt; use kind='score'.")
     kinds = [p.kind for p in target.pieces(prompt)]
     # A prompt that fills the whole window is cut in the middle, and its end stands last all the same.
     end = kinds.index("end") if "end" in kinds else len(kinds) - 1
     with torch.no_grad(), target.end_token_attention([end] * len(x)) as watched:
         target.output(x, t, cond)
     return watched.maps()
+
+
+def upsampled(maps: Maps, size: Sequence[int]) -> Float[Tensor, "batch rows columns"]:
+    """Maps at the size of their pictures (height, width), bilinear, float32 on the CPU."""
+    large = interpolate(maps.float()[:, None], size=tuple(size), mode="bilinear", align_corners=False)
+    return large[:, 0].cpu()
 
 
 def _refuse(target: Target, kind: str, seeds: Sequence[int], at: Sequence[int], steps: int, probes: int) -> None:

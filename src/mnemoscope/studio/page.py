@@ -107,10 +107,13 @@ class Desk:
                 autofocus=True, elem_id="prompt",
             )  # fmt: skip
             self.score = gr.Button("Score it", variant="primary", scale=1, min_width=120, elem_id="score")
-        parts["status"] = _html("", template='<div role="status" aria-live="polite">${value}</div>')
-        with gr.Row(elem_classes="busy"):
-            parts["bar"] = _html("", elem_id="bar")
-            parts["stop"] = gr.Button("Cancel", variant="stop", visible=False, min_width=100, scale=0, elem_id="stop")
+        with gr.Column(elem_classes="notice"):  # stays in sight, wherever on the page one is
+            parts["status"] = _html("", template='<div role="status" aria-live="polite">${value}</div>')
+            with gr.Row(elem_classes="busy"):
+                parts["bar"] = _html("", elem_id="bar")
+                parts["stop"] = gr.Button(
+                    "Cancel", variant="stop", visible=False, min_width=100, scale=0, elem_id="stop"
+                )
         parts["result"] = _html("")
         with gr.Column(visible=False) as parts["rest"]:
             parts["words"] = _html("")
