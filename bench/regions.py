@@ -5,7 +5,7 @@
 For each caption of the composed template families, the detail's slot is free and everything else is fixed. A generated picture counts
 where it repeats its family's layout: over the fixed part it is closer (root mean square) to its own family than to any other. Maps are
 upsampled to the picture. IoU takes its threshold from the other half of the families (the one that maximizes their mean IoU, after each map
-is divided by its own mean); AUPRC needs none. Beside them a mask of all ones, whose AUPRC is the share of fixed pixels. Intervals:
+is divided by its own mean); AUPRC and AUROC need none. Beside them a mask of all ones, whose AUPRC is the share of fixed pixels. Intervals:
 percentile bootstrap over families, 2000 resamples.
 """
 
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from sklearn.metrics import average_precision_score
+from sklearn.metrics import average_precision_score, roc_auc_score
 
 from common import DOCS, machine, markdown_table, write_block
 from mnemoscope import World, denoise, load
@@ -118,16 +118,17 @@ def best_threshold(found: list[Case], name: str) -> float:
     return float(max(grid, key=lambda t: np.mean([iou(c.maps[name] >= t, c.truth) for c in found])))
 
 
-def measure(found: list[Case], name: str) -> list[tuple[str, float, float]]:
-    """(family, IoU, AUPRC) of each picture; the threshold comes from the other half of the families."""
+def measure(found: list[Case], name: str) -> list[tuple[str, float, float, float]]:
+    """(family, IoU, AUPRC, AUROC) of each picture; the threshold comes from the other half of the families."""
     families = sorted({c.family for c in found})
     halves = [set(families[::2]), set(families[1::2])]
     out = []
     for mine, other in (halves, halves[::-1]):
         threshold = best_threshold([c for c in found if c.family in other], name)
         for c in (c for c in found if c.family in mine):
-            ap = average_precision_score(c.truth.ravel(), c.maps[name].ravel())
-            out.append((c.family, iou(c.maps[name] >= threshold, c.truth), float(ap)))
+            flat = c.truth.ravel(), c.maps[name].ravel()
+            whole = float(average_precision_score(*flat)), float(roc_auc_score(*flat))
+            out.append((c.family, iou(c.maps[name] >= threshold, c.truth), *whole))
     return out
 
 
@@ -159,16 +160,15 @@ def main() -> None:
     for name in [*VARIANTS, ONES]:
         every = measure(found, name)
         unseen = measure(hidden, name) if len({c.family for c in hidden}) >= 4 else []
-        cells = [told([(f, v[i]) for f, *v in every]) for i in (0, 1)]
-        more = told([(f, ap) for f, _, ap in unseen]) if unseen else "too few"
-        rows.append([name, *cells, more])
-        facts[name] = {"iou": interval([(f, i) for f, i, _ in every]), "auprc": interval([(f, a) for f, _, a in every])}
-        facts[name] |= {"auprc, never shown": interval([(f, a) for f, _, a in unseen]) if unseen else None}
+        columns = {key: [(f, v[i]) for f, *v in every] for i, key in enumerate(("iou", "auprc", "auroc"))}
+        columns["auprc, never shown"] = [(f, ap) for f, _, ap, _ in unseen]
+        rows.append([name, *(told(c) if c else "too few" for c in columns.values())])
+        facts[name] = {key: interval(c) if c else None for key, c in columns.items()}
     text = "\n\n".join([
         f"Measured by `python bench/regions.py` on {machine()}: {drawn} pictures (DDIM {STEPS}, {SEEDS} seeds) of captions of the composed "
         f"template families, of which {len(found)} repeat their family's layout (closer to it than to any other family's); {len(hidden)} "
         f"of these belong to members that were never shown. 95 % intervals over families.",
-        markdown_table(["map", "IoU, threshold from other families", "AUPRC", "AUPRC, members never shown"], rows),
+        markdown_table(["map", "IoU, threshold from other families", "AUPRC", "AUROC", "AUPRC, members never shown"], rows),
     ])  # fmt: skip
     if args.print:
         print(text)

@@ -21,6 +21,7 @@ from .index import index_app
 from .opening import bundled_calibration, reference_set
 from .packet import pack, verify
 from .pairs import model_options
+from .regions import regions
 from .replay import replay
 from .studio import studio
 from .view import view
@@ -430,6 +431,7 @@ app.command()(duplicates)
 app.command()(explain)
 app.command()(gate)
 app.add_typer(index_app, name="index")
+app.command()(regions)
 app.command()(pack)
 app.command()(replay)
 app.command()(studio)

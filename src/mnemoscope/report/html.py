@@ -24,6 +24,7 @@ from . import plots
 from .archive import sha256_file
 from .findings import Finding
 from .pictures import Picture, Pictures
+from .regions import read_regions
 from .summary import Group, Summary, read_summary
 from .words import NO_GROUP, percent, printable
 
@@ -133,6 +134,8 @@ class Shown:
     reference: Picture | None
     more: list[tuple[int, Picture]]
     spark: Markup
+    where: Picture | None = None
+    where_words: str = ""
 
 
 @dataclass(frozen=True)
@@ -153,7 +156,8 @@ def _view(
     facts = _facts(folder, detector)
     summary: Summary = facts["summary"]
     pictures = Pictures(folder, references)
-    chosen = [_shown(i + 1, f, pictures) for i, f in enumerate(_worth_showing(summary, shown))]
+    maps = read_regions(folder)
+    chosen = [_shown(i + 1, f, pictures, maps.get(f.prompt)) for i, f in enumerate(_worth_showing(summary, shown))]
     bars = {
         f"{g.name}/{kind}": plots.interval(share.k, share.n, share.low, share.high)
         for g in summary.groups[:GROUPS]
@@ -169,7 +173,7 @@ def _worth_showing(summary: Summary, count: int) -> list[Finding]:
     return (hits or summary.findings[: min(count, 4)])[:count]
 
 
-def _shown(rank: int, finding: Finding, pictures: Pictures) -> Shown:
+def _shown(rank: int, finding: Finding, pictures: Pictures, where: tuple[str, str] | None = None) -> Shown:
     first, *rest = finding.shots or [None]
     near = None if first is None else first.nearest
     return Shown(
@@ -179,6 +183,8 @@ def _shown(rank: int, finding: Finding, pictures: Pictures) -> Shown:
         None if near is None else pictures.reference(near),
         [(s.seed, pictures.generated(s, 128)) for s in rest[:SEEDS_SHOWN] if s is not None and s.image is not None],
         plots.sparkline([float(v) for v in finding.steps]),
+        None if where is None else pictures.kept(where[0]),
+        "" if where is None else printable(where[1]),
     )
 
 

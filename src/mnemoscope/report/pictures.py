@@ -47,6 +47,10 @@ class Pictures:
             return Picture(None, "image not kept")
         return _inside(self.run, shot.image, side, "the run folder")
 
+    def kept(self, name: str, side: int = 2 * SIDE) -> Picture:
+        """A picture that the run folder holds beside its rows."""
+        return _inside(self.run, name, side, "the run folder")
+
     def reference(self, nearest: Nearest, side: int = SIDE) -> Picture:
         """The reference picture of a match."""
         if nearest.file is not None:
