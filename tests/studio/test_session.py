@@ -207,7 +207,7 @@ def test_pictures_are_those_of_a_check_and_maps_those_of_regions(studio):
     told = []
     drawn = studio.draw(KNOWN, lambda done, asked: told.append((done, asked)))
     assert told == [(i, STEPS) for i in range(1, STEPS + 1)]
-    apart = regions(small_world(), KNOWN, seeds=3, steps=STEPS, guidance=GUIDANCE)
+    apart = regions(small_world(), KNOWN, "score", seeds=3, steps=STEPS, guidance=GUIDANCE)
     torch.testing.assert_close(drawn.maps, apart.maps)
     assert [shot.seed for shot in drawn.shots] == [0, 1, 2]
     held = check(small_world(), KNOWN, seeds=3, steps=STEPS, guidance=GUIDANCE, reference=studio.reference)
