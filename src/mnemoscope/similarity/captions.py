@@ -17,8 +17,6 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from .. import plugins
@@ -26,7 +24,7 @@ from ..errors import UsageError
 from ..models.identity import hash_file, hash_tensors
 from ..types import PerSample
 from .base import Pictures
-from .fingerprint import ASSETS, FingerprintNetwork, resized
+from .fingerprint import ASSETS, FingerprintNetwork, resized, with_weights
 
 __all__ = ["CLIP", "CaptionScore", "WorldCaptions", "WorldCaptionsNetwork", "build"]
 
@@ -177,13 +175,7 @@ class WorldCaptions:
 
 @lru_cache(maxsize=8)
 def _loaded(file: Path, device: torch.device) -> WorldCaptionsNetwork:
-    network = WorldCaptionsNetwork()
-    fixed = {k: v for k, v in network.state_dict().items() if not v.is_floating_point()}  # counters of training
-    try:
-        network.load_state_dict(load_file(file) | fixed)
-    except (SafetensorError, RuntimeError) as e:
-        raise UsageError(f"{file} holds no world-captions weights ({' '.join(str(e).split())[:120]}).") from e
-    return network.float().eval().requires_grad_(False).to(device)
+    return with_weights(WorldCaptionsNetwork(), file, "world-captions").to(device)
 
 
 def _require_pairs(images: Pictures, captions: Sequence[str]) -> None:

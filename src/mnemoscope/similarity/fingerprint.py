@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -25,13 +25,15 @@ from ..errors import UsageError
 from ..models.identity import hash_file
 from .base import Pictures, Vectors, as_tensor
 
-__all__ = ["SIDE", "Fingerprint", "FingerprintNetwork", "resized"]
+__all__ = ["SIDE", "Fingerprint", "FingerprintNetwork", "resized", "with_weights"]
 
 SIDE = 64
 """Pixels along each side of what the network sees."""
 
 PLAIN = 0.01
 """Standard deviation of every channel below which a picture has no content: two or three grey levels."""
+
+Network = TypeVar("Network", bound=nn.Module)
 
 ASSETS = Path(__file__).parent / "assets"
 
@@ -107,15 +109,23 @@ class Fingerprint:
 
 @lru_cache(maxsize=8)
 def _loaded(file: Path, device: torch.device) -> FingerprintNetwork:
-    network = FingerprintNetwork()
+    return with_weights(FingerprintNetwork(), file, "fingerprint").to(device)
+
+
+def with_weights(network: Network, file: Path, what: str) -> Network:
+    """The network with the weights of a file, frozen, in float32, for inference.
+
+    Raises:
+        UsageError: the file is damaged, or holds other weights than ``what``.
+    """
     fixed = {k: v for k, v in network.state_dict().items() if not v.is_floating_point()}  # counters of training
     try:
         network.load_state_dict(load_file(file) | fixed)
     except (SafetensorError, RuntimeError) as e:
         raise UsageError(
-            f"{file} holds no fingerprint weights ({' '.join(str(e).split())[:120]}); name another file."
+            f"{file} holds no {what} weights ({' '.join(str(e).split())[:120]}); name another file."
         ) from e
-    return network.float().eval().requires_grad_(False).to(device)
+    return network.float().eval().requires_grad_(False)
 
 
 def resized(images: Pictures) -> Float[Tensor, "batch 3 64 64"]:
