@@ -35,7 +35,7 @@ GROUPS = ("planted", "recaptioned", "template", "ordinary", "heldout", "twin")
 COPIES, VECTORS = ASSETS / "copies.json", ASSETS / "reference.safetensors"
 """Null distributions and descriptors of the bundled reference set: ``bench/copies.py`` made them."""
 LAYOUT_FMR = 0.01
-"""Rate at which such a picture is called a template copy."""
+"""Rate at which a generated picture that is no copy is called a template copy."""
 COPY_FMR = 0.05
 """Rate at which the nearest of the bundled pictures to a different picture is called its origin."""
 GUIDANCE = 3.0

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from itertools import islice
@@ -247,17 +247,11 @@ class ReferenceIndex:
         """The nearest of every picture of a source that can be described, with layouts."""
         readings = read(open_source(source), lambda picture: (self.descriptor.prepare(picture), thumbnail(picture)))
         while some := list(islice(readings, batch)):
-            prepared = [r.prepared for r in some if r.prepared is not None]
-            if not prepared:
-                continue
-            with torch.inference_mode():
-                vectors = _by_shape(self.descriptor, [p for p, _ in prepared])
-            sound = np.isfinite(vectors).all(1)
-            found = self._matches(vectors[sound], CANDIDATES)
-            small = (
-                torch.stack([t for (_, t), good in zip(prepared, sound, strict=True) if good]) if sound.any() else None
-            )
-            if small is not None:
+            good = [r for r in some if r.prepared is not None]
+            vectors, sound = _describe(self.descriptor, [replace(r, prepared=r.prepared[0]) for r in good])
+            if sound.any():
+                small = torch.stack([r.prepared[1] for r, finite in zip(good, sound, strict=True) if finite])
+                found = self._matches(vectors[sound], CANDIDATES)
                 yield from with_layouts(found, self._layouts.best(small, found), None)
 
     def image(self, reference: str) -> Float[Tensor, "3 height width"] | None:
