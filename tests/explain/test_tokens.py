@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from mnemoscope.detect.calibrate import Calibration
-from mnemoscope.detect.magnitude import Magnitude, magnitude
+from mnemoscope.detect.magnitude import Magnitude, gradient, magnitude
 from mnemoscope.errors import CannotAudit, ModelFault, UnknownName, UsageError
 from mnemoscope.explain.tokens import (
     METHODS,
@@ -18,7 +18,6 @@ from mnemoscope.explain.tokens import (
     Block,
     Explainer,
     explain_prompt,
-    gradient,
     official_significance,
     significance,
 )
@@ -95,7 +94,7 @@ def test_significance_is_averaged_over_steps_of_the_guided_trajectory(world):
 def test_gradient_is_a_finite_difference_on_a_network(double):
     x, t, uncond = first_step(double)
     cond = double.encode(["three white dots"]).expand(2)
-    size, slope = gradient(double, x, t, cond, uncond)
+    size, slope, _ = gradient(double, x, t, cond, uncond)
     generator = torch.Generator().manual_seed(0)
     step = 1e-5
     for _ in range(3):
@@ -124,7 +123,7 @@ def test_the_official_numbers_at_the_first_step(official_wen, i):
     target, prompt = load(official_wen / "model"), reference["prompts"][i]
     t = target.schedule(50).timesteps[0]
     uncond = null_output(target, noise, target.encode([""]))
-    size, slope = gradient(target, noise, t, target.encode([prompt]).expand(4), uncond)
+    size, slope, _ = gradient(target, noise, t, target.encode([prompt]).expand(4), uncond)
     expected = torch.tensor(reference["rows"][i]["token_grad_step0_joint_over_2n"])
     torch.testing.assert_close(official_significance(size, slope), expected, rtol=1e-4, atol=1e-6)
 

@@ -426,7 +426,7 @@ def train_unconditional(world: Path, steps: int = 6000, n: int = 48) -> None:
         sample_size=32, in_channels=3, out_channels=3, block_out_channels=(48, 64, 96), layers_per_block=1, norm_num_groups=16,
         down_block_types=("DownBlock2D", "DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
         attention_head_dim=32,
-    ).to(memory_format=torch.channels_last)  # fmt: skip
+    )  # fmt: skip
     print(f"{sum(p.numel() for p in unet.parameters()) / 1e6:.2f} M parameters", flush=True)
     scheduler = DDPMScheduler(
         num_train_timesteps=1000, beta_start=1e-4, beta_end=0.02, beta_schedule="linear", clip_sample=True

@@ -34,7 +34,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..detect.calibrate import Calibration, setting_of
-from ..detect.magnitude import magnitude
+from ..detect.magnitude import TokenGradients, gradient, magnitude
 from ..errors import CannotAudit, ModelFault, UnknownName, UsageError
 from ..models.base import Condition, Target
 from ..models.sampling import denoise, null_output, same_where
@@ -47,34 +47,7 @@ MIDDLE = 0.5
 PATH_POINTS = 8
 """Points of the path for integrated gradients."""
 
-TokenGradients: TypeAlias = Float[Tensor, "batch token dim"]
 PerWord: TypeAlias = Float[Tensor, "prompt word"]
-
-
-def gradient(
-    target: Target, x: Latents, t: Tensor, cond: Condition, uncond: Latents
-) -> tuple[PerSample, TokenGradients]:
-    """The magnitude L of each sample, and ∂L/∂e with respect to its own copy of the embedding.
-
-    Args:
-        target: The model; its weights take no part.
-        x: What the denoiser is shown, ``[batch, channel, height, width]``.
-        t: Its time.
-        cond: One row for each sample; the leaf is ``tokens``, whatever else it holds stays as it is.
-        uncond: The null prediction in the target's space, a constant.
-
-    Returns:
-        L ``[batch]`` and its gradient ``[batch, token, dim]``, float32 or better; 0 where the prediction is the null one.
-        Costs batch·(F + B).
-    """
-    # Half precision: entries of the unit vector Δ/‖Δ‖ are about 1/√D, and their products with small weights would vanish.
-    # A power of two costs no rounding.
-    scale = 2.0 ** round(math.log2(math.prod(x.shape[1:])) / 2)
-    leaf = precise(cond.tokens).detach().clone().requires_grad_()
-    with torch.enable_grad():
-        size = magnitude(target.predict(x, t, replace(cond, tokens=leaf)), uncond.detach())
-        (slope,) = torch.autograd.grad(scale * size.sum(), leaf)
-    return size.detach(), slope / scale
 
 
 def significance(slope: TokenGradients) -> Float[Tensor, "batch token"]:
@@ -454,7 +427,7 @@ class Explainer:
         """:func:`gradient` for all samples of a step, a few at a time; exactly 0 where the prompt is the empty one."""
         empty = rows.same_as(self.null)
         places = torch.arange(len(rows)).split(self.batch_size)
-        parts = [gradient(self.target, look.x[i], look.t, rows.select(i), look.uncond[i]) for i in places]
+        parts = [gradient(self.target, look.x[i], look.t, rows.select(i), look.uncond[i])[:2] for i in places]
         self.backwards += len(rows)
         size, slope = (torch.cat(values) for values in zip(*parts, strict=True))
         return size.masked_fill(empty, 0), slope.masked_fill(empty[:, None, None], 0)

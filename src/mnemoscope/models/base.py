@@ -106,6 +106,55 @@ class AttendsToEnd(Protocol):
 
 
 @runtime_checkable
+class Lexicon(Protocol):
+    """A target whose vocabulary can be drawn from."""
+
+    @property
+    def entries(self) -> int:
+        """How many tokens the vocabulary has, special ones left out."""
+        ...
+
+    def entry(self, index: int) -> str:
+        """What token number ``index`` (0 to ``entries`` - 1) spells; may be blank, or a part of a character that is no text alone."""
+        ...
+
+
+@runtime_checkable
+class Pads(Protocol):
+    """A target that fills up short prompts with a token, and may be told to take another one."""
+
+    def encode_padded(self, prompts: list[str], pad: str) -> Condition:
+        """Encode prompts with the token ``pad`` after their end; the positions up to the end are those of ``encode``."""
+        ...
+
+
+ATTENTION = "attention"
+"""Key of ``Condition.extra`` under which a :class:`ScalesAttention` target looks for changes to its attention."""
+
+
+@runtime_checkable
+class AttentionMass(Protocol):
+    """How much attention each token was paid, in the last forward that was watched."""
+
+    def mass(self) -> Float[Tensor, "batch token"]:
+        """Mean attention probability over places, heads and the layers down to the middle of the network; on the device."""
+        ...
+
+
+@runtime_checkable
+class ScalesAttention(Protocol):
+    """A target whose attention to single tokens can be measured and changed.
+
+    Where a condition has ``extra["attention"]``, ``[batch, block (down, mid, up), 2 (factor, bias), token]``, ``output`` turns each
+    logit of a row's attention to a token into factor·logit + bias, in the layers of that block. Factor 1 and bias 0 are neutral.
+    """
+
+    def token_attention(self) -> AbstractContextManager[AttentionMass]:
+        """Watch forwards inside the block; their output stays as it is."""
+        ...
+
+
+@runtime_checkable
 class Schedule(Protocol):
     """One sampler run: its own timesteps and its own state, so that two runs on one target never meet."""
 

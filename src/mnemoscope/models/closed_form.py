@@ -55,6 +55,8 @@ BETAS: dict[str, tuple[str, float, float]] = {
     "ddpm": ("linear", 0.0001, 0.02),
 }
 TRAIN_STEPS = 1000
+WORDS = 4096
+"""Made-up words of a world's vocabulary."""
 CLEAN = -1
 """The timestep of clean data in eps-space."""
 
@@ -279,6 +281,19 @@ class ClosedForm(ABC):
     def dropped(self, prompt: str) -> int:
         """How many words lie beyond the context. Raises CannotAudit on a world without text."""
         return max(0, len(self._words(prompt)) - self.options.context)
+
+    def encode_padded(self, prompts: list[str], pad: str) -> Condition:
+        """``encode(prompts)``: what follows the words carries nothing, whatever it is."""
+        return self.encode(prompts)
+
+    @property
+    def entries(self) -> int:
+        """How many words there are to draw from; a world understands any word, and these are made up."""
+        return WORDS
+
+    def entry(self, index: int) -> str:
+        """Word number ``index`` of them."""
+        return f"word{index}"
 
     def shares(self, prompt: str) -> list[float]:
         """wᵢ, which part of the prompt's effect each visible word carries; they sum to 1."""

@@ -304,15 +304,18 @@ class DiffusersTarget(ABC):
         if resolution is None:
             return native
         asked = (resolution, resolution) if isinstance(resolution, int) else tuple(resolution)
-        unit = self._size_unit()
-        for side, own in zip(asked, native, strict=True):
-            own *= self.factor
-            if side % unit or not own / 2 <= side <= own * 2:
-                raise UsageError(
-                    f"resolution {asked[0]}×{asked[1]}: {self.name} was trained at {native[0] * self.factor}×"
-                    f"{native[1] * self.factor}; use multiples of {unit} between half and twice that."
-                )
+        if any(side not in possible for side, possible in zip(asked, self.sides(), strict=True)):
+            raise UsageError(
+                f"resolution {asked[0]}×{asked[1]}: {self.name} was trained at {native[0] * self.factor}×"
+                f"{native[1] * self.factor}; use multiples of {self._size_unit()} between half and twice that."
+            )
         return asked[0] // self.factor, asked[1] // self.factor
+
+    def sides(self) -> tuple[range, range]:
+        """Heights and widths, in pixels, that the model can mean: half to twice what it was trained at."""
+        own, unit = self._latent_size(None), self._size_unit()
+        heights, widths = (range(-(-n * self.factor // (2 * unit)) * unit, 2 * n * self.factor + 1, unit) for n in own)
+        return heights, widths
 
     def _size_unit(self) -> int:
         """Pixel sizes must be multiples of this."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -95,9 +95,7 @@ def load(
         CannotAudit: the model is incomplete, pickled, not in the cache, or of a kind that cannot be audited.
         UsageError: an argument makes no sense for this source.
     """
-    if unknown := sorted(hub.keys() - HUB):
-        own = set(inspect.signature(load).parameters) - {"source", "hub"}
-        raise UnknownName("option of load", unknown[0], own | HUB)
+    _refuse_unknown(hub, load)
     options = {
         k: v for k, v in {"guidance": guidance, "resolution": resolution, "sampler": sampler}.items() if v is not None
     }
@@ -116,8 +114,39 @@ def load(
             f"a {type(source).__name__} is not a model: give a hub id, a folder, a .safetensors file or a pipeline."
         )
 
+    pipe, origin, recommended = open_pipeline(
+        source, dtype=wanted, device=device, unet=unet, lora=lora, revision=revision, variant=variant,
+        local_files_only=local_files_only, **hub,
+    )  # fmt: skip
+    return build(pipe, origin, **{**recommended, **options})
+
+
+def open_pipeline(
+    source: str | Path,
+    *,
+    dtype: str | torch.dtype | None = None,
+    device: str | torch.device | None = None,
+    unet: str | Path | nn.Module | None = None,
+    lora: LoRA = None,
+    revision: str | None = None,
+    variant: str | None = None,
+    local_files_only: bool | None = None,
+    **hub: Any,
+) -> tuple[Any, Origin, dict[str, Any]]:
+    """The diffusers pipeline of a bundled model, hub id, folder or file, for whoever runs it by its own methods.
+
+    The arguments are those of :func:`load`.
+
+    Returns:
+        The pipeline on its device; what is known of where it came from; what its maker recommends, as options of :func:`build`.
+
+    Raises:
+        CannotAudit: as :func:`load`.
+        UsageError: as :func:`load`.
+    """
+    _refuse_unknown(hub, open_pipeline)
     place = _device(device)
-    precision, reason = _precision(wanted, place)
+    precision, reason = _precision(dtype, place)
     where = {"revision": revision, "variant": variant, "local_files_only": local_files_only}
     hub |= {sources.DTYPE_KEY: precision}
     path, origin = sources.locate(str(source), where, hub)
@@ -129,10 +158,9 @@ def load(
     pipe, known = sources.open_pipeline(path, variant, hub)
     origin = replace(origin, files={**known, **origin.files})
     pipe.to(place)
-    options = {**sources.recommended(path), **options}
     if lora is not None:
         origin = replace(origin, adapter_files=sources.add_lora(pipe, lora, where, hub))
-    return build(pipe, origin, **options)
+    return pipe, origin, sources.recommended(path)
 
 
 def build(pipe: Any, origin: Origin, **options: Any) -> Target:
@@ -170,6 +198,12 @@ def adapter_for(pipeline: str | type) -> type[DiffusersTarget]:
     why = next((reason for start, reason in UNSUPPORTED.items() if names[0].startswith(start)), None)
     known = sorted(set().union(*(adapter.pipelines for adapter in adapters())))
     raise CannotAudit(f"{names[0]} cannot be audited yet{f': {why}' if why else ''}. Supported: {', '.join(known)}.")
+
+
+def _refuse_unknown(hub: Mapping[str, Any], function: Callable[..., Any]) -> None:
+    if unknown := sorted(hub.keys() - HUB):
+        own = set(inspect.signature(function).parameters) - {"source", "hub"}
+        raise UnknownName(f"option of {function.__name__}", unknown[0], own | HUB)
 
 
 # Precision and place

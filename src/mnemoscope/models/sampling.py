@@ -3,14 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from ..errors import CannotAudit, ModelFault
-from ..types import Latents, Step
+from ..types import Latents, PerSample, Step
 from .base import Condition, Target
+
+
+@runtime_checkable
+class GuidanceRule(Protocol):
+    """Chooses the guidance scale of each sample at each step, from what has been seen so far. Keeps no state."""
+
+    def __call__(self, t: float, sizes: Float[Tensor, "batch step"], scale: float) -> PerSample:
+        """The scale g of ε̂ = ε_∅ + g·(ε_c − ε_∅) for each sample; 0 is the prediction without the prompt.
+
+        Args:
+            t: The model's time at this step.
+            sizes: ‖ε_c − ε_∅‖₂ at every step so far, this one last. Never off the device.
+            scale: The scale the generation would have without the rule.
+        """
+        ...
 
 
 def null_output(target: Target, noise: Latents, null: Condition, *, steps: int = 50) -> Latents:
@@ -32,8 +48,9 @@ def denoise(
     null: Condition | None = None,
     *,
     steps: int = 50,
-    guidance: float | None = None,
+    guidance: float | GuidanceRule | None = None,
     first_null: Float[Tensor, "rows channel height width"] | None = None,
+    first_cond: Float[Tensor, "rows channel height width"] | None = None,
     check: bool | None = None,
 ) -> Iterator[Step]:
     """Sample with classifier-free guidance and show every step.
@@ -45,8 +62,10 @@ def denoise(
         null: The encoded empty prompt, one row (expanded here). Without it no second prediction is made and ``cond`` alone
             drives.
         steps: Length of the sampler's schedule.
-        guidance: ε̂ = ε_∅ + g·(ε_c − ε_∅); default is the target's own.
+        guidance: ε̂ = ε_∅ + g·(ε_c − ε_∅); default is the target's own. A :class:`GuidanceRule` chooses g at each step, around the
+            target's own scale.
         first_null: Raw null predictions at the first step, one per sample, from :func:`null_output`; saves batch forwards.
+        first_cond: Raw predictions with the prompt at the first step, one per sample; saves batch forwards.
         check: Stop with :class:`ModelFault` at the first prediction that is not finite. This costs a device sync per step,
             so by default it is on for CPU models only; elsewhere NaN travels into the scores, whose columns name the step.
 
@@ -59,10 +78,11 @@ def denoise(
         CannotAudit: guidance is 1 or less while a null prediction was asked for, or the batch sizes disagree. Raised at the
             call, before any step is asked for.
     """
-    g = target.guidance if guidance is None else guidance
+    rule = None if guidance is None or isinstance(guidance, int | float) else guidance
+    g = float(guidance) if isinstance(guidance, int | float) else target.guidance
     check = target.device.type == "cpu" if check is None else check
     n = len(noise)
-    for what, rows in (("prompts", cond), ("null predictions", first_null)):
+    for what, rows in (("prompts", cond), ("null predictions", first_null), ("predictions", first_cond)):
         if rows is not None and len(rows) != n:
             raise CannotAudit(
                 f"{len(rows)} {what} for {n} noises: give one per noise (Condition.expand, or index the bank)."
@@ -71,7 +91,11 @@ def denoise(
         raise CannotAudit(
             f"Guidance is off ({g:g}), so there is nothing to compare; set guidance above 1, for instance 7.5."
         )
-    return _steps(target, noise, cond, None if cond is None else null, steps, g, first_null, check)
+    if rule is not None and (cond is None or null is None):
+        raise CannotAudit(
+            "A rule for the guidance scale needs a prompt and the null condition: there is nothing to guide."
+        )
+    return _steps(target, noise, cond, None if cond is None else null, steps, g, rule, first_null, first_cond, check)
 
 
 def _steps(
@@ -81,33 +105,45 @@ def _steps(
     null: Condition | None,
     steps: int,
     g: float,
+    rule: GuidanceRule | None,
     first_null: Latents | None,
+    first_cond: Latents | None,
     check: bool,
 ) -> Iterator[Step]:
     plan = target.schedule(steps)
     pair = None  # made when a step needs it: detection at the first step may not
     empty = None if cond is None or null is None else cond.same_as(null)
+    sizes: list[PerSample] = []
     with torch.no_grad():
         x = plan.start(noise)
         seen = plan.scale(x, plan.timesteps[0])
     for i, t in enumerate(plan.timesteps):
         # Gradients are closed before the yield, so that the caller keeps its own grad mode.
         with torch.no_grad():
+            known_u, known_c = (first_null, first_cond) if i == 0 else (None, None)
+            out_u: Tensor | None
             if cond is None or null is None or empty is None:
-                out_u, out_c = None, target.output(seen, t, cond)
-                guided = out_c
+                out_u, out_c = None, target.output(seen, t, cond) if known_c is None else known_c
+            elif known_u is None and known_c is None:
+                pair = Condition.cat([null.expand(len(noise)), cond]) if pair is None else pair
+                out_u, out_c = target.output(torch.cat([seen, seen]), t, pair).chunk(2)
             else:
-                if i == 0 and first_null is not None:
-                    out_u, out_c = first_null, target.output(seen, t, cond)
-                else:
-                    pair = Condition.cat([null.expand(len(noise)), cond]) if pair is None else pair
-                    out_u, out_c = target.output(torch.cat([seen, seen]), t, pair).chunk(2)
+                out_u = target.output(seen, t, null.expand(len(noise))) if known_u is None else known_u
+                out_c = target.output(seen, t, cond) if known_c is None else known_c
+            if out_u is not None and empty is not None:
                 out_c = same_where(empty, out_u, out_c)
-                guided = out_u + g * (out_c - out_u)
-            if check:
-                _require_finite(guided, target.name, i, t)
             c = target.to_space(out_c, seen, t)
             u = None if out_u is None else target.to_space(out_u, seen, t)
+            if out_u is None or u is None:
+                guided = out_c
+            elif rule is None:
+                guided = out_u + g * (out_c - out_u)
+            else:
+                sizes.append((c - u).flatten(1).norm(dim=1))
+                scales = rule(float(t), torch.stack(sizes, dim=1), g).to(out_c.dtype)
+                guided = out_u + scales[:, None, None, None] * (out_c - out_u)
+            if check:
+                _require_finite(guided, target.name, i, t)
             x = plan.step(guided, t, x)
             x_next = plan.scale(x, plan.timesteps[i + 1]) if i + 1 < len(plan.timesteps) else x
         yield Step(i, float(t), seen, c, u, x_next, target.space)

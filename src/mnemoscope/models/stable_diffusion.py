@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Collection, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -17,8 +18,8 @@ from torch import Tensor
 from ..errors import CannotAudit, UsageError
 from ..types import Latents
 from . import identity, spelling
-from .attention import EndAttention, end_token_attention
-from .base import Condition, Piece
+from .attention import EndAttention, TokenAttention, end_token_attention, scaled_attention, token_attention
+from .base import ATTENTION, Condition, Piece
 from .host import DiffusersTarget, Origin
 
 TEXT_BATCH = 64
@@ -146,6 +147,23 @@ class StableDiffusion(DiffusersTarget):
         blank = (ids == null).all(1).to(tokens.device)
         return Condition(torch.where(blank[:, None, None], self._null, tokens))
 
+    def encode_padded(self, prompts: list[str], pad: str) -> Condition:
+        """Encode prompts with another token than the tokenizer's own after their end.
+
+        Raises:
+            UsageError: the vocabulary has no such token.
+        """
+        number = self.tokenizer.get_vocab().get(pad)
+        if number is None:
+            raise UsageError(
+                f"{self.name} has no token {pad!r} to pad with; use one of its vocabulary, for instance '!'."
+            )
+        ids = self._ids(prompts)
+        ends = ids == self.tokenizer.eos_token_id
+        after = ends.cumsum(1) - ends.long() > 0
+        ids = torch.where(after, number, ids)
+        return Condition(torch.cat([self._embed(part) for part in ids.split(TEXT_BATCH)]))
+
     @property
     def _null_ids(self) -> Tensor:
         return self._ids([""])
@@ -176,6 +194,21 @@ class StableDiffusion(DiffusersTarget):
         table = self.text_encoder.get_input_embeddings().weight
         return spelling.neighbors(self.tokenizer, table, [_clean(word) for word in words], k, among)
 
+    @cached_property
+    def _plain_ids(self) -> list[int]:
+        """Ids of all tokens but the special ones."""
+        special = set(self.tokenizer.all_special_ids)
+        return [i for i in sorted(self.tokenizer.get_vocab().values()) if i not in special]
+
+    @property
+    def entries(self) -> int:
+        """How many tokens the vocabulary has, special ones left out."""
+        return len(self._plain_ids)
+
+    def entry(self, index: int) -> str:
+        """What token number ``index`` of them spells."""
+        return str(self.tokenizer.decode([self._plain_ids[index]])).strip()
+
     def dropped(self, prompt: str) -> int:
         """How many tokens at the prompt's end the encoder cannot see (0: none)."""
         return max(0, len(self._content(prompt)) - self._room)
@@ -188,7 +221,13 @@ class StableDiffusion(DiffusersTarget):
             raise UsageError(f"{self.name} needs a condition; use encode(['']) for the empty prompt.")
         self.forwards += len(x)
         seen, tokens = self._here(x, cond.tokens)
-        return self.unet(seen, t, encoder_hidden_states=tokens, return_dict=False)[0]
+        change = cond.extra.get(ATTENTION)
+        with nullcontext() if change is None else scaled_attention(self.unet, *self._here(change)):
+            return self.unet(seen, t, encoder_hidden_states=tokens, return_dict=False)[0]
+
+    def token_attention(self) -> AbstractContextManager[TokenAttention]:
+        """Watch the UNet's attention to each token; see :func:`mnemoscope.models.attention.token_attention`."""
+        return token_attention(self.unet)
 
     def end_token_attention(self, ends: Sequence[int]) -> AbstractContextManager[EndAttention]:
         """Watch the UNet's attention to each row's end token; see :func:`mnemoscope.models.attention.end_token_attention`."""

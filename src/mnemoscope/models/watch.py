@@ -20,6 +20,7 @@ from ..types import Step
 from .host import Diffusion
 from .load import adapter_for
 from .sampling import same_where
+from .steer import hidden
 
 
 class Steps(Sequence[Step]):
@@ -106,6 +107,8 @@ class _Hook:
         self.index = 0
 
     def __call__(self, unet: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any) -> None:
+        if hidden():  # a guard's own calls are no steps of the pipeline
+            return
         call = self.signature.bind(*args, **kwargs).arguments
         output = result[0].detach()
         # A scheduler makes new timesteps for each generation, and holding these keeps their identity from being reused.
