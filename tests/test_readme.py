@@ -1,4 +1,4 @@
-"""What is written is run: every Python block of the README, with the values its comments promise."""
+"""What is written is run: every Python block of the README and of pages that teach, with the values its comments promise."""
 
 import contextlib
 import io
@@ -9,8 +9,10 @@ import pytest
 
 import mnemoscope
 
-README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+DOCS = Path(__file__).parent.parent
+README = (DOCS / "README.md").read_text(encoding="utf-8")
+PAGES = [README, *((DOCS / "docs" / name).read_text(encoding="utf-8") for name in ("mitigations.md",))]
+BLOCKS = [block for page in PAGES for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL)]
 
 
 def test_there_is_an_example():

@@ -36,6 +36,7 @@ __all__ = [
     "borderline",
     "clopper_pearson",
     "cluster_bootstrap",
+    "clustered",
     "conformal_p",
     "least_ordinary",
     "pairs_within",
@@ -195,6 +196,39 @@ def cluster_bootstrap(
     rng = np.random.default_rng(seed)
     drawn = np.array([statistic(scores[rows], labels[rows]) for rows in _resampled(unit, sizes, resamples, rng)])
     return _percentile(value, drawn, min(sizes), confidence, share=share)
+
+
+def clustered(
+    statistic: Callable[[np.ndarray], float],
+    rows: Numbers,
+    clusters: Sequence[int | str] | np.ndarray,
+    *,
+    resamples: int = 1000,
+    confidence: float = 0.95,
+    seed: int = 0,
+    share: bool = False,
+) -> Interval:
+    """Percentile interval of a statistic of rows of one kind, resampling whole clusters.
+
+    Args:
+        statistic: Of ``rows`` or a resample of them. Paired comparisons hand over two columns and their statistic takes the
+            difference: both columns of a row are drawn together.
+        rows: ``[row]`` or ``[row, column]``.
+        clusters: ``[row]``, equal for rows that are not independent.
+        resamples, confidence, seed: As in :func:`cluster_bootstrap`; equal seeds draw the same clusters.
+        share: As in :func:`cluster_bootstrap`: a share of 0 or 1 gets the exact bound for as many cases as there are clusters.
+
+    Raises:
+        UsageError: there is no row, or clusters are not one per row.
+    """
+    _rate("confidence", confidence)
+    rows = _numbers(rows, "value", columns=True)
+    unit = np.unique(np.asarray(clusters), return_inverse=True)[1] if len(rows) else np.zeros(0, int)
+    if len(unit) != len(rows) or not len(rows):
+        raise UsageError(f"{len(rows)} rows for {len(unit)} clusters; give at least one row, and one cluster per row.")
+    n, rng = int(unit.max()) + 1, np.random.default_rng(seed)
+    drawn = np.array([statistic(rows[i]) for i in _resampled(unit, [n], resamples, rng)])
+    return _percentile(float(statistic(rows)), drawn, n, confidence, share=share)
 
 
 def _percentile(value: float, drawn: np.ndarray, least: int, confidence: float, *, share: bool = True) -> Interval:

@@ -18,11 +18,13 @@ from .duplicates import duplicates
 from .explain import explain
 from .gate import gate
 from .index import index_app
+from .mitigations import bench_app, redteam
 from .opening import bundled_calibration, reference_set
 from .packet import pack, verify
 from .pairs import model_options
 from .regions import regions
 from .replay import replay
+from .serve import serve
 from .studio import studio
 from .view import view
 
@@ -310,14 +312,36 @@ def calibrate(
     fresh: Fresh = False,
     dry_run: DryRun = False,
     as_json: AsJson = False,
+    unlabelled: Annotated[
+        bool,
+        typer.Option(
+            "--unlabelled",
+            help="The prompts are your own traffic, memorized ones among it: --fpr is a budget of alarms.",
+        ),
+    ] = False,
+    from_log: Annotated[
+        Path | None, _option("Log of a guard of this model: its scores instead of prompts, nothing is generated.")
+    ] = None,
 ) -> None:
-    """Turn scores of ordinary prompts into a threshold with a stated false-positive rate.
+    """Turn scores of ordinary prompts, or of a host's traffic, into a threshold with a stated false-positive rate.
 
     Example: mnemoscope calibrate MODEL --prompts ordinary.txt --out runs/ordinary
+
+    For a guard (docs/guard.md): mnemoscope calibrate MODEL --prompts ordinary.txt --seeds 1 --seed-mode per-prompt
     """
+    if from_log is not None and (prompts is not None or unlabelled or seeds is not None or detectors):
+        raise UsageError(
+            "--from-log brings scores of its own, unlabelled: leave out --prompts, --unlabelled, --seeds and --detectors."
+        )
     settings = _settings(config, {k: v for k, v in locals().items() if k in AUDIT_OPTIONS})
     from ..audit.run import calibrate as run_calibration
+    from ..audit.run import calibrate_on_log
 
+    if from_log is not None:
+        path, made = calibrate_on_log(settings, from_log, fpr=fpr)
+        where = f"Written to {path}; use it with: mnemoscope.guard(pipe, {str(path)!r})"
+        _show_thresholds({"magnitude": made}, where, as_json=as_json, traffic=True)
+        return
     if dry_run:
         _show_plan(settings, as_json=as_json)
         return
@@ -325,21 +349,13 @@ def calibrate(
         settings = _fresh(settings)
     target = _load(settings)
     with screen.stoppable(), screen.progress("calibrate") as progress:
-        run, found = run_calibration(settings, fpr=fpr, target=target, progress=progress, command=_command())
+        run, found = run_calibration(
+            settings, fpr=fpr, target=target, progress=progress, command=_command(), unlabelled=unlabelled
+        )
     where = f"Written to {run.folder}; use it with: mnemoscope audit … --calibration {run.folder}"
     if len(found) > 1:
         where += f" (for {next(iter(found))}; for another: {run.folder / 'thresholds-NAME.json'})"
-    if as_json:
-        screen.show_json({name: c.record.model_dump(mode="json") for name, c in found.items()})
-        screen.say(where)
-        return
-    for name, c in found.items():
-        low, high = ("open" if bound is None else f"{bound:.4f}" for bound in c.record.interval)
-        print(
-            f"{name}: threshold {c.threshold:.4f} at {100 * c.record.fpr:g} % false positives "
-            f"({100 * c.record.confidence:g} % interval {low} to {high}), from {len(c.record.scores)} ordinary prompts"
-        )
-    print(where)
+    _show_thresholds(found, where, as_json=as_json, traffic=unlabelled)
 
 
 @app.command()
@@ -367,12 +383,15 @@ def report(
 @app.command(name="ls")
 def list_installed(
     what: Annotated[
-        str, typer.Argument(help="detectors, targets, descriptors, caption_scores or prompts (the bundled ones).")
+        str,
+        typer.Argument(
+            help="detectors, mitigations, targets, descriptors, caption_scores or prompts (the bundled ones)."
+        ),
     ] = "detectors",
     group: Annotated[str | None, _option("With prompts: only this group.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """List what is installed, or the bundled world's prompts. Of detectors: what each needs, and its denoiser forwards.
+    """List what is installed, or the bundled world's prompts. Of detectors and mitigations: what each needs or changes, and its cost.
 
     Example: mnemoscope ls detectors
     """
@@ -390,7 +409,7 @@ def list_installed(
             for r in (world.captions(group) if group else world.captions(*_GROUPS))
         ]
     else:
-        known = ("detectors", "targets", "descriptors", "caption_scores")
+        known = ("detectors", "mitigations", "targets", "descriptors", "caption_scores")
         if what not in known:
             raise UnknownName("list", what, [*known, "prompts"])
         columns = ["name", "package", "from"]
@@ -401,6 +420,11 @@ def list_installed(
 
             columns[1:1] = ["needs", "costs"]
             rows = [[name, *describe(e), *origin] for e, (name, *origin) in zip(found, rows, strict=True)]
+        if what == "mitigations":
+            from ..mitigate.base import describe as told
+
+            columns[1:1] = ["changes", "costs"]
+            rows = [[name, *told(e), *origin] for e, (name, *origin) in zip(found, rows, strict=True)]
         if what == "descriptors":
             from ..similarity.nulls import in_words
 
@@ -427,13 +451,16 @@ def doctor(as_json: AsJson = False) -> None:
         screen.table(["what", "found"], [[k, str(v)] for k, v in facts.items()])
 
 
+app.add_typer(bench_app, name="bench")
 app.command()(duplicates)
 app.command()(explain)
 app.command()(gate)
 app.add_typer(index_app, name="index")
 app.command()(regions)
 app.command()(pack)
+app.command()(redteam)
 app.command()(replay)
+app.command()(serve)
 app.command()(studio)
 app.command()(verify)
 app.command()(view)
@@ -450,6 +477,21 @@ AUDIT_OPTIONS = frozenset({
     "model_option",
 })  # fmt: skip
 """Options that fill :class:`~mnemoscope.audit.config.AuditConfig`; a test keeps the two in step."""
+
+
+def _show_thresholds(found: dict[str, Any], where: str, *, as_json: bool, traffic: bool = False) -> None:
+    if as_json:
+        screen.show_json({name: c.record.model_dump(mode="json") for name, c in found.items()})
+        screen.say(where)
+        return
+    rate, of = ("alarms", "scores of unlabelled traffic") if traffic else ("false positives", "ordinary prompts")
+    for name, c in found.items():
+        low, high = ("open" if bound is None else f"{bound:.4f}" for bound in c.record.interval)
+        print(
+            f"{name}: threshold {c.threshold:.4f} at {100 * c.record.fpr:g} % {rate} "
+            f"({100 * c.record.confidence:g} % interval {low} to {high}), from {len(c.record.scores)} {of}"
+        )
+    print(where)
 
 
 def _settings(config: Path | None, options: dict[str, Any]) -> AuditConfig:
