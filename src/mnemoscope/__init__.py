@@ -33,6 +33,7 @@ _HOME = {
     "check": "audit.check",
     "denoise": "models.sampling",
     "explain_prompt": "explain.tokens",
+    "guard": "serve.guard",
     "load": "models.load",
     "magnitude": "detect.magnitude",
     "null_output": "models.sampling",
@@ -72,6 +73,7 @@ if TYPE_CHECKING:
     from .records.store import Run as Run
     from .report.html import write_report as write_report
     from .report.summary import summarize as summarize
+    from .serve.guard import guard as guard
     from .similarity.pixels import Pixels as Pixels
     from .similarity.reference import ReferenceSet as ReferenceSet
     from .types import Step as Step
@@ -97,6 +99,7 @@ __all__ = [
     "check",
     "denoise",
     "explain_prompt",
+    "guard",
     "load",
     "magnitude",
     "null_output",

@@ -271,6 +271,36 @@ def test_calibrate_then_audit(run, tmp_path, monkeypatch):
     assert "seeds" in err
 
 
+def test_calibrate_on_traffic(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "traffic.txt").write_text("\n".join(f"prompt {i}" for i in range(30)), encoding="utf-8")
+    words = ["calibrate", "demo", "--fpr", 0.1]
+    own = ["--seeds", 1, "--seed-mode", "per-prompt"]
+    code, out, err = run(*words, "--prompts", "traffic.txt", "--unlabelled", *own, "--out", "runs/t")
+    assert code == 0, err
+    assert "at 10 % alarms" in out
+    assert "from 30 scores of unlabelled traffic" in out
+    stored = json.loads((tmp_path / "runs/t/thresholds.json").read_bytes())
+    assert "unlabelled traffic" in stored["source"]
+
+    lines = [{"name": "", "score": s, "t": 981.0} for s in stored["scores"]]
+    (tmp_path / "guard.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    code, out, err = run(*words, "--from-log", "guard.jsonl")
+    assert code == 0, err
+    assert "Written to guard/thresholds.json; use it with: mnemoscope.guard(pipe, 'guard/thresholds.json')" in out
+    logged = json.loads((tmp_path / "guard/thresholds.json").read_bytes())
+    assert {k: logged[k] for k in logged if k != "source"} == {k: stored[k] for k in stored if k != "source"}
+    code, _, err = run(*words, "--from-log", "guard.jsonl", "--steps", 25)
+    assert (code, "start at t = 981, and 25 steps start at t = 961" in err) == (2, True)
+    code, _, err = run(*words, "--from-log", "guard.jsonl", "--seeds", 1)
+    assert (code, "leave out --prompts" in err) == (2, True)
+    (tmp_path / "guard.jsonl").write_text(
+        "".join(json.dumps({**line, "name": str(i % 2)}) + "\n" for i, line in enumerate(lines))
+    )
+    code, _, err = run(*words, "--from-log", "guard.jsonl")
+    assert (code, "written by several guards (0, 1)" in err) == (2, True)
+
+
 def test_several_detectors_are_calibrated_and_fresh_starts_over(run, tmp_path, official_wen, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "p.txt").write_text("\n".join(f"prompt {i}" for i in range(9)), encoding="utf-8")

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from mnemoscope import stats
 from mnemoscope.detect import calibrate
-from mnemoscope.detect.calibrate import Calibration, method_of, setting_of
+from mnemoscope.detect.calibrate import Calibration, method_of, read_log, setting_of
 from mnemoscope.detect.magnitude import Magnitude
 from mnemoscope.errors import RunError, UsageError
 from mnemoscope.records.schema import Thresholds
@@ -297,3 +297,52 @@ def test_what_users_can_do_wrong_gets_a_sentence(call, sentence):
     with pytest.raises(UsageError) as caught:
         call()
     assert sentence in str(caught.value)
+
+
+# A host's own traffic
+
+
+def of_traffic(scores, budget=0.05, **options):
+    return Calibration.of_traffic(scores, made_with(), detector="magnitude", budget=budget, **options)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    st.lists(st.floats(0, 10), min_size=40, max_size=80),
+    st.lists(st.floats(10, 20), max_size=20),
+    st.sampled_from([0.05, 0.1, 0.3]),
+)
+def test_memorized_prompts_in_the_traffic_only_raise_the_threshold(ordinary, memorized, budget):
+    clean, mixed = fit(ordinary, budget), of_traffic([*memorized, *ordinary], budget)
+    assert mixed.threshold >= clean.threshold
+    assert np.mean([mixed.above(s) for s in [*memorized, *ordinary]]) <= budget
+    assert np.mean([mixed.above(s) for s in ordinary]) <= budget
+
+
+def test_a_calibration_on_traffic_says_so():
+    made = of_traffic(range(200), source="200 generations in guard.jsonl")
+    assert made.threshold == fit().threshold
+    assert made.record.source.startswith(
+        "200 generations in guard.jsonl; unlabelled traffic: the rate is a budget of alarms"
+    )
+    trimmed = of_traffic(range(200), trim=0.1)
+    assert len(trimmed.record.scores) == 180
+    assert trimmed.threshold < made.threshold
+    assert "the 20 highest of 200 scores were left out (10 %)" in trimmed.record.source
+    with pytest.raises(UsageError, match="share of the traffic"):
+        of_traffic(range(200), trim=0.5)
+
+
+def test_logs_of_a_guard(tmp_path):
+    log = tmp_path / "guard.jsonl"
+    rows = [{"name": "a", "score": s, "t": 981.0, "hit": s is not None and s > 2} for s in (1.5, 2.5, None)]
+    text = "".join(json.dumps(row) + "\n" for row in [*rows, {**rows[0], "amended": True}])
+    log.write_text(text + '{"name": "a", "sco')
+    found = read_log(log)
+    assert (found.scores, found.times, found.names) == ([1.5, 2.5], {981.0}, {"a"})
+    for bad in ("{", "3", '{"name": "a"}', '{"name": "a", "score": "high", "t": 1}'):
+        log.write_text(f"{text}{bad}\n{text}")
+        with pytest.raises(UsageError, match=r"line 5 is not a guard's"):
+            read_log(log)
+    with pytest.raises(UsageError, match="cannot be read"):
+        read_log(tmp_path / "none.jsonl")

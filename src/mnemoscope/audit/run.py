@@ -10,13 +10,15 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 
 from ..detect.base import AnyDetector
-from ..detect.calibrate import Calibration
-from ..errors import RunError
+from ..detect.calibrate import Calibration, read_log
+from ..detect.magnitude import Magnitude
+from ..errors import RunError, UsageError
 from ..models.base import Target
 from ..records.schema import Row
 from ..records.store import Run, Writer, write_whole
@@ -30,7 +32,7 @@ from .plan import plan as plan
 from .request import Request, calibration_setting, now
 from .request import load as load
 
-__all__ = ["Progress", "audit", "calibrate", "load", "measure_speed", "plan"]
+__all__ = ["Progress", "audit", "calibrate", "calibrate_on_log", "load", "measure_speed", "plan"]
 
 log = logging.getLogger(__name__)
 
@@ -151,6 +153,7 @@ def calibrate(
     detectors: Sequence[AnyDetector] | None = None,
     progress: Callable[[Progress], None] | None = None,
     command: str = "",
+    unlabelled: bool = False,
 ) -> tuple[Run, dict[str, Calibration]]:
     """Audit ordinary prompts and turn their scores into thresholds.
 
@@ -162,6 +165,7 @@ def calibrate(
         detectors: As for :func:`audit`.
         progress: As for :func:`audit`.
         command: As for :func:`audit`.
+        unlabelled: The prompts are a host's own traffic: the rate is a budget of alarms (:meth:`Calibration.of_traffic`).
 
     Returns:
         The run, and a calibration for each detector by the name of its score. The first is written to ``thresholds.json`` in the
@@ -185,9 +189,52 @@ def calibrate(
         scores = [p.score for p in prompt_scores(run.rows(), name)]
         source = f"{len(scores)} prompts from {request.prompts.source}"
         setting = calibration_setting(config, request.target, detector)
-        found[name] = Calibration.fit(scores, setting, detector=name, fpr=fpr, confidence=confidence, source=source)
+        given: dict[str, Any] = {"detector": name, "confidence": confidence, "source": source}
+        found[name] = (
+            Calibration.of_traffic(scores, setting, budget=fpr, **given)
+            if unlabelled
+            else Calibration.fit(scores, setting, fpr=fpr, **given)
+        )
         found[name].save(run.folder / ("thresholds.json" if len(found) == 1 else f"thresholds-{name}.json"))
     return run, found
+
+
+def calibrate_on_log(
+    config: AuditConfig, log: str | Path, *, fpr: float = 0.01, confidence: float = 0.95, target: Target | None = None
+) -> tuple[Path, Calibration]:
+    """Turn what a guard logged into a threshold at a budget of alarms; nothing is generated.
+
+    Args:
+        config: The model, the length of its schedule, and where to write; one seed of each generation's own is what a guard scores.
+        log: JSON lines of one guard of this model.
+        fpr: Share of the traffic above the threshold, at most.
+        confidence: Of the threshold's interval.
+        target: As for :func:`audit`.
+
+    Returns:
+        The file that was written, and the calibration.
+
+    Raises:
+        UsageError: the log is damaged, of several guards, or of other first steps; or it is too short for the rate.
+    """
+    found = read_log(log)
+    config = config.model_copy(update={"seeds": 1, "seed_mode": "per-prompt"}).with_window(1)
+    target = load(config) if target is None else target
+    t = float(target.schedule(config.steps).timesteps[0])
+    if len(found.names) > 1:
+        raise UsageError(
+            f"{log} was written by several guards ({', '.join(sorted(found.names))}); give one file for each model."
+        )
+    if other := sorted(found.times - {t}):
+        raise UsageError(
+            f"{log} holds generations that start at t = {other[0]:g}, and {config.steps} steps start at t = {t:g}; give their --steps."
+        )
+    folder = Path(config.out) if config.out else Path(log).with_suffix("")
+    made = Calibration.of_traffic(
+        found.scores, calibration_setting(config, target, Magnitude(1)), detector=Magnitude.name, budget=fpr, confidence=confidence,
+        source=f"{len(found.scores)} generations in {Path(log).name}",
+    )  # fmt: skip
+    return made.save(folder / "thresholds.json"), made
 
 
 class Session:

@@ -34,6 +34,8 @@ ASSETS = Path(__file__).parent / "assets"
 GROUPS = ("planted", "recaptioned", "template", "ordinary", "heldout", "twin")
 COPIES, VECTORS = ASSETS / "copies.json", ASSETS / "reference.safetensors"
 """Null distributions and descriptors of the bundled reference set: ``bench/copies.py`` made them."""
+THRESHOLDS = {"audit": ASSETS / "thresholds.json", "guard": ASSETS / "guard-thresholds.json"}
+"""What an audit (four seeds of a shared bank) and what a guard (one noise of each prompt's own) judges by: ``bench/thresholds.py``."""
 LAYOUT_FMR = 0.01
 """Rate at which a generated picture that is no copy is called a template copy."""
 COPY_FMR = 0.05
@@ -189,6 +191,11 @@ class World:
     def thresholds(self) -> Calibration:
         """Scores of ordinary captions (every second one) at the first step with four seeds: ``bench/thresholds.py`` made them."""
         return Calibration.load(self.folder / "thresholds.json")
+
+    @cached_property
+    def guard_thresholds(self) -> Calibration:
+        """The same for a guard, which sees one generation of each prompt from a noise of its own."""
+        return Calibration.load(self.folder / THRESHOLDS["guard"].name)
 
     @cached_property
     def reference(self) -> WorldReference:

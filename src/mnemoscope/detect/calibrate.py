@@ -31,7 +31,7 @@ from ..records.store import differences, write_whole
 from .base import AnyDetector
 from .magnitude import Magnitude
 
-__all__ = ["PROVENANCE", "Calibration", "method_of", "setting_of"]
+__all__ = ["PROVENANCE", "Calibration", "Logged", "method_of", "read_log", "setting_of"]
 
 
 def method_of(detector: AnyDetector) -> dict[str, Any]:
@@ -146,6 +146,51 @@ class Calibration:
         )
 
     @classmethod
+    def of_traffic(
+        cls,
+        scores: stats.Numbers,
+        setting: Mapping[str, Any],
+        *,
+        detector: str,
+        budget: float = 0.01,
+        confidence: float = 0.95,
+        trim: float = 0.0,
+        source: str = "",
+    ) -> Calibration:
+        """Calibrate on a host's own traffic, of which nobody knows what is memorized.
+
+        A further generation of the same traffic is above the threshold with probability at most ``budget``, whatever it is. Memorized
+        prompts among the scores, which are high ones, only raise the threshold: fewer ordinary prompts are stopped than the budget
+        allows, and more memorized ones pass.
+
+        Args:
+            scores: One score per generation or prompt.
+            setting: As for :meth:`fit`.
+            detector: As for :meth:`fit`.
+            budget: Share of the traffic above the threshold, at most.
+            confidence: As for :meth:`fit`.
+            trim: Share of the highest scores to leave out first, if so many are held to be memorized. The threshold is lower then, and
+                the budget holds for the rest of the traffic only, if that is what was left out.
+            source: Where the traffic comes from, in words; that it is unlabelled is added.
+
+        Raises:
+            UsageError: as for :meth:`fit`, or no share.
+        """
+        if not 0 <= trim < 0.5:
+            raise UsageError(f"trim={trim:g} is a share of the traffic: use 0 (nothing) to less than 0.5.")
+        kept = sorted(float(s) for s in scores)
+        kept = kept[: len(kept) - int(trim * len(kept))]
+        words = "unlabelled traffic: the rate is a budget of alarms on all of it, memorized prompts included"
+        words += (
+            f"; the {len(scores) - len(kept)} highest of {len(scores)} scores were left out ({100 * trim:g} %)"
+            if trim
+            else ""
+        )
+        return cls.fit(
+            kept, setting, detector=detector, fpr=budget, confidence=confidence, source=f"{source}; {words}" if source else words
+        )  # fmt: skip
+
+    @classmethod
     def load(cls, path: str | Path) -> Calibration:
         """Read ``thresholds.json``.
 
@@ -247,6 +292,46 @@ class Calibration:
                 "recalibrate with `mnemoscope calibrate`, or pass --accept-threshold to use it all the same."
             )
         return found
+
+
+@dataclass(frozen=True)
+class Logged:
+    """What a guard's log says.
+
+    Attributes:
+        scores: Of every generated row that has one, alarms included.
+        times: The first steps' times of the model that occur.
+        names: The guards that wrote it.
+    """
+
+    scores: list[float]
+    times: set[float]
+    names: set[str]
+
+
+def read_log(path: str | Path) -> Logged:
+    """Read the JSON lines of :func:`mnemoscope.guard`. A last line that was cut off is no result.
+
+    Raises:
+        UsageError: it cannot be read, or a line is not a guard's.
+    """
+    path = Path(path)
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as e:
+        raise UsageError(f"{path} cannot be read ({e}); give the log that a guard wrote (guard(…, log=…)).") from None
+    scores, times, names = [], set(), set()
+    for number, line in enumerate(lines[:-1], start=1):
+        try:
+            row = json.loads(line)
+            # A line that takes back what a decision said stands beside the decision.
+            if row["score"] is not None and not row.get("amended"):
+                scores.append(float(row["score"]))
+                times.add(float(row["t"]))
+                names.add(str(row["name"]))
+        except (ValueError, KeyError, TypeError):
+            raise UsageError(f"{path}, line {number} is not a guard's: {line[:60]!r}; leave it out.") from None
+    return Logged(scores, times, names)
 
 
 def _dtype(setting: Mapping[str, Any]) -> str:

@@ -12,7 +12,7 @@ import hmac
 import ipaddress
 import re
 import socket
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from urllib.parse import parse_qsl, quote, urlencode, urlsplit
 
 from starlette.datastructures import MutableHeaders
@@ -22,7 +22,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ..errors import UsageError
 
-__all__ = ["HEADERS", "Gate", "hosts", "is_loopback"]
+__all__ = ["HEADERS", "Gate", "KeyGate", "hosts", "is_loopback"]
 
 LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
 
@@ -46,9 +46,11 @@ HEADERS = {
 """Sent with everything."""
 
 NO_TOKEN = (
-    "401: this server asks for its token. Open the address once with ?token=… (what {variable} or --token was set to), "
-    "or send the header Authorization: Bearer ….\n"
+    "this server asks for its token. Open the address once with ?token=… (what {variable} or --token was set to), "
+    "or send the header Authorization: Bearer …."
 )
+NO_KEY = "this server asks for its key: send the header Authorization: Bearer … with it."
+BEARER = {"WWW-Authenticate": "Bearer"}
 
 
 def is_loopback(host: str) -> bool:
@@ -90,7 +92,7 @@ class Gate:
         host: Where the server listens.
         token: What a visitor must show; None: nothing.
         variable: The environment variable that a token is best set by, as messages name it.
-        methods: What may be asked for.
+        methods: What may be asked for; None: the application knows.
         headers: Sent with every answer.
 
     Raises:
@@ -104,7 +106,7 @@ class Gate:
         token: str | None = None,
         *,
         variable: str = TOKEN,
-        methods: Collection[str] = READING,
+        methods: Collection[str] | None = READING,
         headers: Mapping[str, str] = HEADERS,
     ):
         self.app = app
@@ -135,17 +137,18 @@ class Gate:
 
     def _refusal(self, asked: HTTPConnection) -> Response | None:
         if not self._ours(asked.headers.getlist("host")):
-            return PlainTextResponse(
-                "421: this server does not answer to that name; open it as http://127.0.0.1 or http://localhost with its port.\n",
+            return self._refused(
                 421,
+                "this server does not answer to that name; open it as http://127.0.0.1 or http://localhost with its port.",
             )
-        if asked.scope["method"] not in self.methods:
-            return PlainTextResponse(
-                "405: there is nothing to change here.\n", 405, {"Allow": ", ".join(sorted(self.methods))}
-            )
+        if self.methods is not None and asked.scope["method"] not in self.methods:
+            return self._refused(405, "there is nothing to change here.", Allow=", ".join(sorted(self.methods)))
         if _foreign(asked):
-            return PlainTextResponse("403: this was sent by a page of another server; open ours instead.\n", 403)
+            return self._refused(403, "this was sent by a page of another server; open ours instead.")
         return None if self.token is None else self._without_token(asked)
+
+    def _refused(self, status: int, sentence: str, **headers: str) -> Response:
+        return PlainTextResponse(f"{status}: {sentence}\n", status, headers)
 
     def _ours(self, given: list[str]) -> bool:
         if len(given) != 1:
@@ -154,14 +157,17 @@ class Gate:
         return name in self.names or (self.digits and _is_address(name))
 
     def _without_token(self, asked: HTTPConnection) -> Response | None:
-        scheme, _, shown = asked.headers.get("authorization", "").partition(" ")
-        if scheme.lower() == "bearer" and self._same(shown.strip(), self.token or ""):
+        if self._shows_token(asked):
             return None
         if self._same(asked.cookies.get(self.cookie, ""), self.pass_):
             return None
         if self._same(asked.query_params.get("token", ""), self.token or ""):
             return self._welcome(asked)
-        return PlainTextResponse(NO_TOKEN.format(variable=self.variable), 401, {"WWW-Authenticate": "Bearer"})
+        return self._refused(401, NO_TOKEN.format(variable=self.variable), **BEARER)
+
+    def _shows_token(self, asked: HTTPConnection) -> bool:
+        scheme, _, shown = asked.headers.get("authorization", "").partition(" ")
+        return scheme.lower() == "bearer" and self._same(shown.strip(), self.token or "")
 
     def _welcome(self, asked: HTTPConnection) -> Response:
         """A cookie, and the same address without the token, so that it stays in no history."""
@@ -175,6 +181,47 @@ class Gate:
     @staticmethod
     def _same(shown: str, known: str) -> bool:
         return hmac.compare_digest(shown.encode(errors="replace"), known.encode())
+
+
+class KeyGate(Gate):
+    """The same before a service that programs call: the key is a bearer, never a cookie or a part of an address.
+
+    Args:
+        app: The application behind it.
+        host: Where the server listens.
+        key: What a caller must show; None: nothing.
+        refusal: Makes the answer that says no, from status, sentence and headers.
+        variable: The environment variable that the key is best set by.
+        open: Paths that need no key.
+
+    Raises:
+        UsageError: see :func:`hosts`.
+    """
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        host: str,
+        key: str | None,
+        *,
+        refusal: Callable[[int, str, Mapping[str, str]], Response],
+        variable: str,
+        open: Collection[str] = (),
+    ):
+        super().__init__(app, host, key, variable=variable, methods=None)
+        self.refusal, self.open = refusal, frozenset(open)
+
+    def _refused(self, status: int, sentence: str, **headers: str) -> Response:
+        return self.refusal(status, sentence[0].upper() + sentence[1:], headers)
+
+    def _ours(self, given: list[str]) -> bool:
+        # A page that a forged name leads here does not know the key, and a proxy before us may keep a name of its own.
+        return super()._ours(given) or (self.token is not None and len(given) == 1)
+
+    def _without_token(self, asked: HTTPConnection) -> Response | None:
+        if asked.scope["path"] in self.open or self._shows_token(asked):
+            return None
+        return self._refused(401, NO_KEY, **BEARER)
 
 
 def _hostname(header: str) -> str:

@@ -5,7 +5,7 @@ them up to date and gives them keys, and everything can be read without it.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -81,14 +81,30 @@ def create_app(folder: str | Path, *, host: str = "127.0.0.1", token: str | None
     )
 
 
-def serve(app: ASGIApp, listening: socket, *, lifespan: Literal["on", "off"] = "off") -> None:
+def serve(
+    app: ASGIApp,
+    listening: socket,
+    *,
+    lifespan: Literal["on", "off"] = "off",
+    grace: int = 1,
+    leaving: Callable[[], object] | None = None,
+) -> None:
     """Answer on a socket that is bound, until interrupted. Addresses are not logged: one of them may hold a token.
 
     Args:
         app: What answers.
         listening: The socket.
         lifespan: Whether the application wants to be told when it starts and ends.
+        grace: Seconds that answers which were begun may take after an interrupt.
+        leaving: Called after an interrupt, before they are waited for.
     """
+    server(app, lifespan=lifespan, grace=grace, leaving=leaving).run(sockets=[listening])
+
+
+def server(
+    app: ASGIApp, *, lifespan: Literal["on", "off"], grace: int, leaving: Callable[[], object] | None
+) -> uvicorn.Server:
+    """What :func:`serve` runs, for whoever wants to end it from another thread."""
     config = uvicorn.Config(
         app,
         log_level="warning",
@@ -97,9 +113,23 @@ def serve(app: ASGIApp, listening: socket, *, lifespan: Literal["on", "off"] = "
         proxy_headers=False,
         lifespan=lifespan,
         ws="none",
-        timeout_graceful_shutdown=1,
+        timeout_graceful_shutdown=grace,
     )
-    uvicorn.Server(config).run(sockets=[listening])
+    return _Server(config, leaving)
+
+
+class _Server(uvicorn.Server):
+    """Which says when it begins to end."""
+
+    def __init__(self, config: uvicorn.Config, leaving: Callable[[], object] | None):
+        super().__init__(config)
+        self.leaving = leaving
+
+    async def shutdown(self, sockets: list[socket] | None = None) -> None:
+        """Tell, then end."""
+        if self.leaving is not None:
+            self.leaving()
+        await super().shutdown(sockets)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,249 @@
+"""The command that serves a model behind the guard."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import signal
+import sys
+from contextlib import ExitStack
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, TextIO
+
+import typer
+
+from ..errors import UnknownName, UsageError
+from . import screen
+from .pairs import model_options
+from .view import address, bound
+
+if TYPE_CHECKING:
+    from starlette.types import ASGIApp
+
+    from ..detect.calibrate import Calibration
+    from ..models.base import Target
+    from ..serve.app import Endpoint
+
+PORT = 7349
+KEY = "MNEMOSCOPE_API_KEY"
+ON_HIT = ("observe", "mitigate", "refuse")
+ON_ERROR = ("open", "closed")
+
+
+def serve(
+    model: Annotated[
+        str, typer.Argument(help="Hub id, folder or .safetensors file of the model; 'demo' is the bundled one.")
+    ],
+    thresholds: Annotated[
+        str | None,
+        typer.Option(
+            help="A score above which a generation is a hit, or the run folder of `mnemoscope calibrate`.",
+            show_default=False,
+        ),
+    ] = None,
+    accept_threshold: Annotated[
+        bool, typer.Option("--accept-threshold", help="Use a calibration made under another setting.")
+    ] = False,
+    on_hit: Annotated[
+        str, typer.Option(help="What becomes of a hit: observe (count it), mitigate, refuse.")
+    ] = "observe",
+    mitigation: Annotated[str, typer.Option(help="How to mitigate; see `mnemoscope ls mitigations`.")] = "prompt",
+    on_error: Annotated[
+        str, typer.Option(help="When the guard itself fails: open draws unguarded, closed draws nothing.")
+    ] = "open",
+    log: Annotated[
+        Path | None, typer.Option(help="File that gets one JSON line per decision.", show_default=False)
+    ] = None,
+    log_prompts: Annotated[bool, typer.Option("--log-prompts", help="Write prompts into that file as well.")] = False,
+    name: Annotated[
+        str | None, typer.Option(help="What clients call the model; default: its own name.", show_default=False)
+    ] = None,
+    steps: Annotated[
+        int | None,
+        typer.Option(
+            help="Sampler steps where a request says nothing; default: 50, or as calibrated.", show_default=False
+        ),
+    ] = None,
+    guidance: Annotated[
+        float | None,
+        typer.Option(help="The same for the guidance scale; default: the model's own.", show_default=False),
+    ] = None,
+    max_steps: Annotated[int, typer.Option(help="Most sampler steps of a request.", min=1)] = 100,
+    max_size: Annotated[
+        int | None,
+        typer.Option(
+            help="Longest side in pixels; default: twice what the model was trained at.", min=8, show_default=False
+        ),
+    ] = None,
+    max_n: Annotated[int, typer.Option(help="Most pictures of a request, which are drawn together.", min=1)] = 4,
+    max_prompt: Annotated[int, typer.Option(help="Most characters of a prompt.", min=1)] = 4000,
+    queue: Annotated[int, typer.Option(help="How many requests may wait; more are told to come back.", min=0)] = 16,
+    timeout: Annotated[float, typer.Option(help="Seconds that a request may take, waiting included.")] = 300.0,
+    grace: Annotated[
+        int, typer.Option(help="Seconds that what is drawn may still take when the server is ended.", min=0)
+    ] = 30,
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, float16 or bfloat16; default: by the device.", show_default=False)
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, …", show_default=False)] = None,
+    model_option: Annotated[
+        list[str] | None, typer.Option(help="name=value handed to the loader; repeatable.", show_default=False)
+    ] = None,
+    host: Annotated[str, typer.Option(help="Where to listen; other than this machine needs a key.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="0 takes a free one.", min=0, max=65535)] = PORT,
+    api_key_file: Annotated[
+        Path | None, typer.Option(help=f"File with the key that callers must send; or set {KEY}.", show_default=False)
+    ] = None,
+) -> None:
+    """Serve a model over OpenAI's images API, with a guard in front that knows memorized content by the first step.
+
+    Example: mnemoscope serve demo
+    """
+    for package in ("fastapi", "uvicorn"):
+        if not find_spec(package):
+            raise UsageError(
+                f"`mnemoscope serve` needs {package}, which is not installed; install it with: pip install 'mnemoscope[serve]'"
+            )
+    from ..web.access import hosts
+
+    # What is cheap to refuse is refused before a model is loaded.
+    key = api_key(api_key_file)
+    hosts(host, key, KEY)
+    for option, given, known in (("--on-hit", on_hit, ON_HIT), ("--on-error", on_error, ON_ERROR)):
+        if given not in known:
+            raise UnknownName(f"{option} value", given, known)
+    if thresholds is None and on_hit != "observe" and model != "demo":
+        raise UsageError(f"--on-hit {on_hit} needs --thresholds: without them nothing is a hit.")
+    if log_prompts and log is None:
+        raise UsageError("--log-prompts needs --log: name the file that they should be written to.")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # what uvicorn ends with when it was told to end
+    with ExitStack() as stack:
+        listening = stack.enter_context(bound(host, port))
+        written = None if log is None else stack.enter_context(_appended(log))
+        screen.say(f"Loading {model} …")  # before torch is imported, which takes its time
+        guarding = {
+            "on_hit": on_hit, "mitigation": mitigation, "on_error": on_error, "log": written, "log_prompts": log_prompts,
+            "accept": accept_threshold,
+        }  # fmt: skip
+        limiting = {
+            "name": name or "", "largest": max_size, "steps": steps, "most_steps": max_steps,
+            "guidance": guidance, "most_pictures": max_n, "longest_prompt": max_prompt,
+        }  # fmt: skip
+        loading = {"dtype": dtype, "device": device, **model_options(model_option)}
+        serving = {"queue": queue, "seconds": timeout, "keyed": key is not None}
+        endpoint = _open(model, thresholds, guarding, limiting, loading, serving)
+        from ..web.app import serve as answer
+
+        app = gated(endpoint, host, key)
+        try:
+            print(address(host, listening.getsockname()[1]), flush=True)
+            asks = "asks for the key; " if key else ""
+            screen.say(f"Serves {endpoint.limits.model} at /v1/images/generations; {asks}Ctrl-C ends it.")
+            # Uvicorn's own deadline comes after ours, and only for what does not keep to it.
+            answer(app, listening, lifespan="on", grace=grace + 2, leaving=lambda: endpoint.leave(float(grace)))
+        except KeyboardInterrupt:
+            raise typer.Exit(0) from None
+
+
+def api_key(file: Path | None) -> str | None:
+    """The key that callers must send, from a file or the environment; None: nobody is asked.
+
+    Raises:
+        UsageError: the file cannot be read, or what it holds cannot stand in a header.
+    """
+    if file is None:
+        key, source = os.environ.get(KEY), KEY
+        if key is None:
+            return None
+    else:
+        source = str(file)
+        try:
+            key = file.read_text("utf-8")
+        except (OSError, UnicodeError) as e:
+            raise UsageError(f"--api-key-file {file} cannot be read ({e}); give a file with one line, the key.") from e
+    key = key.strip()
+    if not key or not key.isascii() or not key.isprintable() or " " in key:
+        raise UsageError(
+            f"the key in {source} is empty or has other than ASCII characters without spaces; give a long random word."
+        )
+    return key
+
+
+def gated(endpoint: Endpoint, host: str, key: str | None) -> ASGIApp:
+    """The application behind whoever decides who may come in."""
+    from ..serve.app import PROBES
+    from ..serve.schema import error_response
+    from ..web.access import KeyGate
+
+    return KeyGate(endpoint.app, host, key, refusal=error_response, variable=KEY, open=PROBES)
+
+
+def _appended(log: Path) -> TextIO:
+    try:
+        return log.open("a", encoding="utf-8")
+    except OSError as e:
+        raise UsageError(
+            f"--log {log} cannot be written ({e.strerror or e}); name a file in a folder that exists."
+        ) from e
+
+
+def _open(
+    model: str,
+    thresholds: str | None,
+    guarding: dict[str, Any],
+    limiting: dict[str, Any],
+    loading: dict[str, Any],
+    serving: dict[str, Any],
+) -> Endpoint:
+    """The guarded pipeline with its limits; what is missing is said."""
+    from ..models.load import build, open_pipeline
+    from ..serve.app import Endpoint
+    from ..serve.guard import guard
+    from ..serve.schema import calibrated, in_words, limits_of
+
+    pipe, origin, recommended = open_pipeline(model, **loading)
+    target = build(pipe, origin, **recommended)
+    if "height" not in inspect.signature(type(pipe).__call__).parameters:
+        raise UsageError(
+            f"{origin.name} is a {type(pipe).__name__}, which draws no picture from a prompt alone; serve a text-to-image model."
+        )
+    limits = limits_of(target, **limiting)
+    screen.say_target(target)
+    bundled = _bundled(target) if thresholds is None and model == "demo" else None
+    if thresholds is None and bundled is None:
+        if guarding["on_hit"] != "observe":
+            raise UsageError(f"--on-hit {guarding['on_hit']} needs --thresholds: without them nothing is a hit.")
+        screen.say(
+            "Note: scores are uncalibrated, so they are reported and nothing is a hit; for a threshold run `mnemoscope calibrate "
+            f"{model} --prompts ordinary.txt --seeds 1 --seed-mode per-prompt --out runs/ordinary` and give --thresholds runs/ordinary."
+        )
+    pipe.set_progress_bar_config(disable=True)
+    guarded = guard(pipe, bundled or _threshold(thresholds), name=limits.model, **guarding)
+    narrowed = calibrated(limits, guarded, steps=limiting["steps"])
+    if narrowed is not limits:
+        size, counts = f"{narrowed.width}x{narrowed.height}", in_words(narrowed.counts)
+        screen.say(f"Note: serves {size} with {counts} steps only, which is what the thresholds were made for.")
+    return Endpoint(guarded, narrowed, **serving)
+
+
+def _bundled(target: Target) -> Calibration | None:
+    """The thresholds that come with the bundled model, where it runs as it did when they were made."""
+    from ..demo.world import World
+    from ..models.identity import PROVENANCE
+
+    found = World().guard_thresholds
+    now = {k: v for k, v in target.identity().items() if k not in PROVENANCE}
+    return found if now == found.record.setting["target"] else None
+
+
+def _threshold(text: str | None) -> float | Path:
+    """A number or a file; without either, what no score exceeds."""
+    from ..serve.schema import NEVER
+
+    if text is None:
+        return NEVER
+    try:
+        return float(text)
+    except ValueError:
+        return Path(text)
