@@ -40,9 +40,10 @@ wheel: .venv/.dev  ## build the wheel and use it away from this folder
 	$(BIN)/python -m build --wheel --no-isolation --outdir build/wheel > /dev/null
 	$(BIN)/python tests/check_wheel.py build/wheel
 
-benchmark: .venv/.dev  ## measure again what docs/benchmark.md, descriptors.md and model-card.md state (about an hour)
+benchmark: .venv/.dev  ## measure again what docs/benchmark.md, descriptors.md, mitigations.md and model-card.md state (two hours)
 	for script in world copies descriptors captions benchmark; do $(BIN)/python bench/$$script.py || exit 1; done
 	$(BIN)/python bench/controls.py --write docs/benchmark.md
+	$(BIN)/python bench/mitigations.py --seeds 2 --steps 25
 
 world: .venv/.run  ## rebuild the bundled pictures from their packages (needs npm) and compare
 	$(BIN)/python -m mnemoscope.demo.build build/world --check

@@ -11,7 +11,7 @@ import mnemoscope
 
 DOCS = Path(__file__).parent.parent
 README = (DOCS / "README.md").read_text(encoding="utf-8")
-PAGES = [README, *((DOCS / "docs" / name).read_text(encoding="utf-8") for name in ("mitigations.md",))]
+PAGES = [README, *((DOCS / "docs" / name).read_text(encoding="utf-8") for name in ("measure.md", "mitigations.md"))]
 BLOCKS = [block for page in PAGES for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL)]
 
 

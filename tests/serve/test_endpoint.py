@@ -594,7 +594,7 @@ def test_the_bundled_model_is_served(monkeypatch, capsys):
 def test_the_bundled_model_brings_its_thresholds(capsys):
     """So that it can refuse out of the box: a planted caption is refused, an ordinary one is drawn."""
     loading, guarding = {"dtype": "float32", "device": "cpu"}, {"on_hit": "refuse", "on_error": "closed"}
-    endpoint = command._open("demo", None, guarding, {}, loading, {"queue": 1})
+    endpoint = command._open("demo", None, guarding, {"steps": 50}, loading, {"queue": 1})
     assert "uncalibrated" not in capsys.readouterr().err
     with TestClient(gated(endpoint, "127.0.0.1", None), base_url=LOOPBACK) as client:
         answers = [

@@ -18,6 +18,7 @@ from .duplicates import duplicates
 from .explain import explain
 from .gate import gate
 from .index import index_app
+from .measure import measure
 from .mitigations import bench_app, redteam
 from .opening import bundled_calibration, reference_set
 from .packet import pack, verify
@@ -457,6 +458,7 @@ app.command()(explain)
 app.command()(gate)
 app.add_typer(index_app, name="index")
 app.command()(regions)
+app.command()(measure)
 app.command()(pack)
 app.command()(redteam)
 app.command()(replay)

@@ -195,15 +195,14 @@ def _team(target: Target, given: list[dict[str, Any]] | None, copy_threshold: fl
         from ..demo.mitigations import red_team
 
         return red_team(target, per_group=per_group, **options)
+    from ..audit.measures import size_of
     from ..audit.pictures import opened
     from ..audit.redteam import RedTeam
     from ..records.trials import Case
     from ..similarity.reference import ReferenceSet
 
-    _, height, width = target.latent_shape
-    factor = getattr(target, "factor", 1)
     parts = {c: [row for row in given if row["control"] == c] for c in (False, True)}
-    shown = {c: opened([row["image"] for row in rows], (height * factor, width * factor)) for c, rows in parts.items()}
+    shown = {c: opened([row["image"] for row in rows], size_of(target)) for c, rows in parts.items()}
     made = {
         c: [Case(str(row["image"]), row["caption"], "control" if c else "trained", str(row["image"])) for row in rows]
         for c, rows in parts.items()

@@ -19,14 +19,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..errors import UsageError
-from ..models.base import Condition, Target
+from ..errors import CannotAudit, UsageError
+from ..models.base import Condition, Target, Trained
 from ..types import Latents, PerSample, precise
 from .base import generator
 
 STEPS, LEARNING_RATE = 50, 0.1
 """Of the paper's attack."""
-TRAIN_STEPS = 1000
 
 
 def denoising_loss(target: Target, x0: Latents, t: Tensor, eps: Latents, cond: Condition) -> PerSample:
@@ -72,6 +71,8 @@ def attack(
         raise UsageError(
             f"{len(x0)} pictures, {len(start)} prompts and {len(keys)} keys: give one of each per picture."
         )
+    if not isinstance(target, Trained):
+        raise CannotAudit(f"{target.name} does not say at which times it was trained; give its adapter training_times.")
     x0 = precise(x0).to(target.device)
     draws = [generator(key, "embedding attack") for key in keys]
     leaf = precise(start.tokens).detach().clone().requires_grad_()
@@ -80,7 +81,7 @@ def attack(
     for _ in range(steps):
         u = torch.stack([torch.rand((), generator=g) for g in draws])
         eps = torch.stack([torch.randn(x0.shape[1:], generator=g) for g in draws]).to(x0)
-        t = (u * TRAIN_STEPS).long().clamp(max=TRAIN_STEPS - 1) if target.space == "eps" else u.clamp(1e-3, 1.0)
+        t = target.training_times(u)
         with torch.enable_grad():
             loss = denoising_loss(target, x0, t.to(x0.device), eps, replace(start, tokens=leaf))
             (leaf.grad,) = torch.autograd.grad(loss.sum(), leaf)

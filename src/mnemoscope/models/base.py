@@ -155,6 +155,15 @@ class ScalesAttention(Protocol):
 
 
 @runtime_checkable
+class Trained(Protocol):
+    """A target that knows at which times it was trained."""
+
+    def training_times(self, u: Float[Tensor, " batch"]) -> Tensor:
+        """The time at share u of its training times, 0 ≤ u < 1: uniform u, uniform over what training drew from."""
+        ...
+
+
+@runtime_checkable
 class Schedule(Protocol):
     """One sampler run: its own timesteps and its own state, so that two runs on one target never meet."""
 

@@ -324,6 +324,14 @@ class ClosedForm(ABC):
             grid = np.arange(steps)[::-1] * stride + min(1, stride - 1)
         return ClosedFormSchedule(self, torch.tensor([*grid.tolist(), CLEAN], device=self.device))
 
+    def training_times(self, u: Float[Tensor, " batch"]) -> Tensor:
+        """Timestep ⌊1000·u⌋ (eps), or one of 1000 shifted times (velocity)."""
+        step = (u * TRAIN_STEPS).long().clamp(0, TRAIN_STEPS - 1)
+        if self.space == "eps":
+            return step
+        t = (step + 1).to(u.dtype) / TRAIN_STEPS
+        return self.options.shift * t / (1 + (self.options.shift - 1) * t)
+
     def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """α and σ at training timesteps 0…999 (eps; −1 is clean data), or at times in [0, 1] (velocity).
 

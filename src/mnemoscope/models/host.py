@@ -283,6 +283,10 @@ class DiffusersTarget(ABC):
             )
         return DiffusersSchedule(self._scheduler, steps, self.device, self.dtype)
 
+    def training_times(self, u: Float[Tensor, " batch"]) -> Tensor:
+        """Training timestep number ⌊u·T⌋."""
+        return (u * self._diffusion.train_steps).long().clamp(0, self._diffusion.train_steps - 1)
+
     def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """α_t and σ_t of x_t = α x₀ + σ ε, in the shape of ``t``, float32."""
         return self._diffusion.alpha_sigma(t)
