@@ -69,7 +69,8 @@ def main() -> None:
         print(rows[-1], flush=True)
     columns = ["batch", "pipeline", "guarded pipeline", "ratio of medians (quartiles of the pairs' ratios)"]
     text = (
-        f"`python bench/guard.py --pairs {args.pairs}` on {machine()}: {args.steps} steps of the bundled model, latents only, {args.pairs} pairs in turn.\n\n"
+        f"`python bench/guard.py --pairs {args.pairs}` on {machine()}: {args.steps} steps of the bundled model, latents only, "
+        f"pairs in turn.\n\n"
         f"{markdown_table(columns, rows)}"
     )
     if args.dry_run:
