@@ -18,7 +18,7 @@ from ..models.base import Target
 from ..records.store import digest, write_whole
 from .pictures import opened
 
-__all__ = ["Measured", "Picture", "measured", "pictures_in", "size_of"]
+__all__ = ["Measured", "Picture", "measured", "picture_lines", "pictures_in", "size_of"]
 
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
 
@@ -76,17 +76,30 @@ def pictures_in(names: Sequence[Path], captions: Path | None = None) -> list[Pic
 
 
 def _captions(file: Path) -> dict[str, str]:
+    return {Path(row["image"]).name: row["caption"] for row in picture_lines(file)}
+
+
+def picture_lines(file: Path, more: str = "") -> list[dict[str, Any]]:
+    """The lines of a JSONL file that names pictures and their captions, with whatever else they hold.
+
+    Args:
+        file: UTF-8, a line for each picture.
+        more: What else a line may hold, as an example shows it.
+
+    Raises:
+        UsageError: with line and cure.
+    """
     try:
         lines = [line for line in file.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as e:
         raise UsageError(f"{file} cannot be read ({e}); give a JSONL file in UTF-8.") from None
-    found = {}
+    found = []
     for k, text in enumerate(lines, 1):
         try:
             row = json.loads(text)
-            found[Path(str(row["image"])).name] = str(row["caption"])
+            found.append({**row, "image": str(row["image"]), "caption": str(row["caption"])})
         except (ValueError, KeyError, TypeError):
-            raise UsageError(f'{file}, line {k}: write {{"image": "a.png", "caption": "…"}}.') from None
+            raise UsageError(f'{file}, line {k}: write {{"image": "a.png", "caption": "…"{more}}}.') from None
     return found
 
 

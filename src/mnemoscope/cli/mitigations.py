@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -168,22 +167,14 @@ def read_pictures(file: Path, copy_threshold: float | None) -> list[dict[str, An
         raise UsageError(
             "--copy-threshold says from which similarity on a picture is a copy, for instance 0.9 (`mnemoscope index`)."
         )
-    try:
-        lines = [line for line in file.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as e:
-        raise UsageError(f"{file} cannot be read ({e}); give a JSONL file in UTF-8.") from None
+    from ..audit.measures import picture_lines
+
     found = []
-    for k, text in enumerate(lines, 1):
-        try:
-            row = json.loads(text)
-            image, caption = file.parent / str(row["image"]), str(row["caption"])
-        except (ValueError, KeyError, TypeError):
-            raise UsageError(
-                f'{file}, line {k}: write {{"image": "a.png", "caption": "…", "control": false}}.'
-            ) from None
+    for k, row in enumerate(picture_lines(file, ', "control": false'), 1):
+        image = file.parent / row["image"]
         if not image.is_file():
             raise UsageError(f"{file}, line {k}: {image} does not exist.")
-        found.append({"image": image, "caption": caption, "control": bool(row.get("control", False))})
+        found.append({"image": image, "caption": row["caption"], "control": bool(row.get("control", False))})
     if not any(not row["control"] for row in found):
         raise UsageError(f"{file} names no picture that was trained on; a line without control is one.")
     return found

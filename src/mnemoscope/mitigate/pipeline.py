@@ -19,22 +19,50 @@ from ..types import Latents, PerSample
 from .attention import change_of
 from .base import Generation
 
-__all__ = ["GuidanceDriver", "prepared"]
+__all__ = ["GuidanceDriver", "Guided", "prepared"]
 
 
-class GuidanceDriver:
-    """A rule for the guidance scale as a :class:`~mnemoscope.models.steer.Driver`, around the pipeline's own scale g.
+class Guided:
+    """A guidance scale of one's own, constant or by a rule, in a pipeline that goes on using its scale g; one for each generation.
 
     With ε_c′ = ε_∅ + (g′/g)·(ε_c − ε_∅) in place of ε_c, the pipeline arrives at ε_∅ + g′·(ε_c − ε_∅) by itself.
     """
 
+    def __init__(self, target: Target, rule: GuidanceRule | float):
+        self.target, self.rule = target, rule
+        self._sizes: list[PerSample] = []
+
+    def __call__(
+        self, x: Latents, t: Tensor, time: float, scale: float, uncond: Latents, cond: Latents
+    ) -> Latents:  # fmt: skip
+        """The prediction to put in place of ``cond``.
+
+        Args:
+            x: What the denoiser was shown.
+            t: The model's time, where the pipeline has it.
+            time: The same as a number, for a rule.
+            scale: The pipeline's g.
+            uncond: Raw null predictions.
+            cond: Raw predictions with the prompt.
+        """
+        if isinstance(self.rule, int | float):
+            return uncond + self.rule / scale * (cond - uncond)
+        self._sizes.append(magnitude(self.target.to_space(cond, x, t), self.target.to_space(uncond, x, t)))
+        share = self.rule(time, torch.stack(self._sizes, dim=1), scale) / scale
+        return uncond + share.to(cond.dtype)[:, None, None, None] * (cond - uncond)
+
+
+class GuidanceDriver:
+    """A rule for the guidance scale as a :class:`~mnemoscope.models.steer.Driver`, around the pipeline's own scale g."""
+
     def __init__(self, target: Target, rule: GuidanceRule, scale: float):
         self.target, self.rule, self.scale = target, rule, scale
-        self.sizes: list[PerSample] = []
+        self.begin(None)
 
-    def begin(self, order: Order) -> None:
+    def begin(self, order: Order | None) -> None:
         """Another generation: nothing has been seen of it."""
-        self.sizes = []
+        self.guided = Guided(self.target, self.rule)
+        self.times: list[float] = []
 
     def tokens(self, call: Call) -> Tensor | None:
         """Embeddings stay as they are."""
@@ -42,9 +70,9 @@ class GuidanceDriver:
 
     def outputs(self, call: Call, uncond: Latents, cond: Latents) -> Latents:
         """The prediction whose guided mixture at the pipeline's scale is the one that the rule wants."""
-        self.sizes.append(magnitude(*(self.target.to_space(out, call.x, call.t) for out in (cond, uncond))))
-        scales = self.rule(float(call.t), torch.stack(self.sizes, dim=1), self.scale) / self.scale
-        return uncond + scales.to(cond.dtype)[:, None, None, None] * (cond - uncond)
+        if call.index == 0:
+            self.times = call.times.tolist()  # all of them at once: reading a time may wait for the device
+        return self.guided(call.x, call.t, float(self.times[call.index]), self.scale, uncond, cond)
 
 
 @contextmanager

@@ -36,9 +36,10 @@ from ..detect.calibrate import Calibration, setting_of
 from ..detect.magnitude import magnitude, per_dimension
 from ..errors import CannotAudit, MnemoscopeError, ModelFault, UnknownName, UsageError
 from ..mitigate.base import CHANGES, Generation, Mitigation, build, key_of, require
+from ..mitigate.pipeline import Guided
 from ..models.base import Condition, Target
 from ..models.identity import plain
-from ..models.sampling import GuidanceRule, same_where
+from ..models.sampling import same_where
 from ..models.steer import Call, Order, frozen, steer, target_around
 from ..types import Latents, PerSample
 from .drift import LEAST, Drift, Look
@@ -488,8 +489,7 @@ class _Seat:
         self.over = self.settled = False
         self.rows: Tensor | None = None
         self.embedded: Tensor | None = None
-        self.rule: GuidanceRule | float | None = None
-        self.sizes: list[PerSample] = []
+        self.guided: Guided | None = None
 
     # Driver
 
@@ -656,22 +656,17 @@ class _Seat:
         if after.guidance != call.guidance and float(getattr(self.guard.pipe, "guidance_rescale", 0.0)):
             raise CannotAudit(f"{name} changes the guidance scale, which guidance_rescale would undo; set that to 0.")
         self.rows = rows
-        self.rule = None if after.guidance == call.guidance else after.guidance
+        wanted = after.guidance
+        self.guided = None if wanted is None or wanted == call.guidance else Guided(self.guard.target, wanted)
         self.embedded = None if after.cond is before.cond else after.cond.tokens
 
     def _guide(self, call: Call, uncond: Latents, cond: Latents) -> Latents | None:
         """Mitigated rows' predictions, moved so that the pipeline arrives at the rule's guidance; None: there is no rule."""
-        if self.rule is None or self.rows is None:
+        if self.guided is None or self.rows is None:
             return None
-        rows, target = self.rows, self.guard.target
-        u, c, x = uncond[rows], cond[rows], call.x[rows]
-        if isinstance(self.rule, int | float):
-            share: Tensor | float = self.rule / call.guidance
-        else:
-            self.sizes.append(magnitude(target.to_space(c, x, call.t), target.to_space(u, x, call.t)))
-            scale = self.rule(self.times[call.index], torch.stack(self.sizes, dim=1), call.guidance)
-            share = (scale / call.guidance).to(c.dtype)[:, None, None, None]
-        return _with_rows(cond, rows, u + share * (c - u))
+        rows = self.rows
+        moved = self.guided(call.x[rows], call.t, self.times[call.index], call.guidance, uncond[rows], cond[rows])
+        return _with_rows(cond, rows, moved)
 
     # Failure
 
