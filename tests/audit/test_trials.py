@@ -13,8 +13,9 @@ from mnemoscope.audit.mitigations import Protocol, frechet
 from mnemoscope.audit.redteam import RedTeam
 from mnemoscope.errors import UsageError
 from mnemoscope.mitigate.base import Generation, sample
-from mnemoscope.mitigate.redteam import attack, denoising_loss
+from mnemoscope.mitigate.redteam import attack
 from mnemoscope.models.mixture import Mixture
+from mnemoscope.models.noising import denoising_loss
 from mnemoscope.records.trials import Case, Trial
 from mnemoscope.report.mitigations import (
     Gate,

@@ -17,7 +17,7 @@ from ..plugins import options_of
 from ..records.store import digest, short
 from .prompts import Columns, Prompt, PromptSet, read_prompts
 
-__all__ = ["AuditConfig", "Control", "DetectorSpec", "PromptSource"]
+__all__ = ["AuditConfig", "Control", "DetectorSpec", "MeasureSpec", "PromptSource"]
 
 Control: TypeAlias = Literal["case-fold", "title-case", "swap", "within-family", "matched"]
 """A control that an audit may be asked for."""
@@ -118,6 +118,35 @@ class DetectorSpec(_Settings):
         return self.alias or self.name
 
 
+class MeasureSpec(_Settings):
+    """How pictures are measured: a preset of InvMM, what is changed in it, and when a draw is the picture."""
+
+    name: str = _setting("improved", "improved or official")
+    """The preset."""
+    updates: int | None = _setting(None, "a whole number of 1 or more", ge=1)
+    """Budget of updates; by default the preset's."""
+    steps: int | None = _setting(None, "a whole number from 1 to 1000", ge=1, le=1000)
+    """Steps of the sampler in tests; by default the preset's."""
+    scales: tuple[float, ...] | None = _setting(None, "a list of guidance scales of 1 or more", min_length=1)
+    """Guidance scales that are tried; by default the preset's."""
+    descriptor: str = _setting("fingerprint", "an installed descriptor")
+    """What says how similar two pictures are."""
+    beta: float | None = _setting(None, "a similarity such as 0.85")
+    """Similarity from which a draw is the picture; only the bundled model has a calibrated one, for the fingerprint."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short_form(cls, value: Any) -> Any:
+        return {"name": value} if isinstance(value, str) else value
+
+    @field_validator("scales")
+    @classmethod
+    def _guided(cls, value: tuple[float, ...] | None) -> tuple[float, ...] | None:
+        if value is not None and min(value) < 1:
+            raise ValueError("below 1")
+        return value
+
+
 class AuditConfig(_Settings):
     """An audit: which model, which prompts, which detectors, how many seeds.
 
@@ -156,6 +185,12 @@ class AuditConfig(_Settings):
     """Run whole trajectories and keep the pictures."""
     reference: str | None = _setting(None, "the path of a reference set")
     """Reference pictures in which the nearest to each generated one is looked up; needs images."""
+    measure: str | None = _setting(None, "the path of a picture or of a folder of pictures")
+    """Pictures that are measured after the prompts, with the same model: how strongly is each stored (docs/measure.md)?"""
+    captions: str | None = _setting(None, "the path of a JSONL file of image and caption")
+    """Captions of the pictures that are measured, as JSONL of ``image`` and ``caption``; by default prompts are learned."""
+    measure_preset: MeasureSpec = _setting(MeasureSpec(), "improved, official, or a mapping with a name")
+    """How they are measured; ``{name: improved, updates: 500, beta: 0.85}`` changes what it names."""
     calibration: str | None = _setting(None, "the path of a thresholds.json, or of the run folder that holds it")
     """Scores of ordinary prompts of the same model, made by ``mnemoscope calibrate``: its run folder, or the file in it."""
     accept_threshold: bool = _setting(False, "true or false")
@@ -299,7 +334,7 @@ def _sentence(error: ValidationError) -> UsageError:
     return UsageError(f"{key} is {short(repr(first['input']))}, and must be {allowed}.")
 
 
-PARTS: dict[str, type[_Settings]] = {"prompts": PromptSource, "detectors": DetectorSpec}
+PARTS: dict[str, type[_Settings]] = {"prompts": PromptSource, "detectors": DetectorSpec, "measure_preset": MeasureSpec}
 
 
 def _find(path: list[str]) -> tuple[type[_Settings], Any, str]:

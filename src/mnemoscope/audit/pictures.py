@@ -1,9 +1,12 @@
-"""Picture files at the size a model works at."""
+"""Picture files: found, captioned, and opened at the size a model works at."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,9 +15,85 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from ..errors import UsageError
+from ..models.base import Target
 from ..similarity.decoding import decode
 
-__all__ = ["opened"]
+__all__ = ["Picture", "opened", "picture_lines", "pictures_in", "size_of"]
+
+SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture file, and the caption under which it is measured: empty for the empty prompt, None where a prompt is to be learned, or the
+    model takes no text."""
+
+    file: Path
+    caption: str | None = None
+
+
+def pictures_in(names: Sequence[Path], captions: Path | None = None) -> list[Picture]:
+    """Picture files, and all those of folders, in order; with captions from a JSONL file of ``image`` and ``caption``.
+
+    Raises:
+        UsageError: with the file and what to do.
+    """
+    files: list[Path] = []
+    for name in names:
+        if name.is_dir():
+            files += sorted(p for p in name.rglob("*") if p.suffix.lower() in SUFFIXES)
+        elif name.is_file():
+            files.append(name)
+        else:
+            raise UsageError(f"{name} does not exist; name picture files or folders of them.")
+    if not files:
+        raise UsageError(
+            f"there is no picture in {', '.join(map(str, names))}; known are {', '.join(sorted(SUFFIXES))}."
+        )
+    if captions is None:
+        return [Picture(f) for f in files]
+    told = _captions(captions)
+    missing = [f.name for f in files if f.name not in told]
+    if missing:
+        raise UsageError(
+            f'{captions} has no caption for {missing[0]}; write {{"image": "{missing[0]}", "caption": "…"}}.'
+        )
+    return [Picture(f, told[f.name]) for f in files]
+
+
+def _captions(file: Path) -> dict[str, str]:
+    return {Path(row["image"]).name: row["caption"] for row in picture_lines(file)}
+
+
+def picture_lines(file: Path, more: str = "") -> list[dict[str, Any]]:
+    """The lines of a JSONL file that names pictures and their captions, with whatever else they hold.
+
+    Args:
+        file: UTF-8, a line for each picture.
+        more: What else a line may hold, as an example shows it.
+
+    Raises:
+        UsageError: with line and cure.
+    """
+    try:
+        lines = [line for line in file.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as e:
+        raise UsageError(f"{file} cannot be read ({e}); give a JSONL file in UTF-8.") from None
+    found = []
+    for k, text in enumerate(lines, 1):
+        try:
+            row = json.loads(text)
+            found.append({**row, "image": str(row["image"]), "caption": str(row["caption"])})
+        except (ValueError, KeyError, TypeError):
+            raise UsageError(f'{file}, line {k}: write {{"image": "a.png", "caption": "…"{more}}}.') from None
+    return found
+
+
+def size_of(target: Target) -> tuple[int, int]:
+    """Height and width of the pictures that a target makes."""
+    _, height, width = target.latent_shape
+    factor = getattr(target, "factor", 1)
+    return height * factor, width * factor
 
 
 def opened(files: Sequence[Path], size: tuple[int, int]) -> Float[Tensor, "batch 3 height width"]:

@@ -14,6 +14,7 @@ from ..models.base import Target
 from .batch import batch_size, needs_null, steps_run
 from .config import AuditConfig
 from .request import choose_detectors, read_prompts_for, samples_for, setting_of
+from .stored import Job
 
 __all__ = ["Plan", "measure_speed", "plan"]
 
@@ -33,7 +34,10 @@ class Plan:
         forwards: Denoiser forwards of one latent (F): exact, unless something fails or is known already.
         pictures: Pictures that will be decoded.
         bytes: Disk, roughly.
-        seconds: Time, from a measured time per forward; None: not measured.
+        seconds: Time of the prompts, from a measured time per forward; None: not measured.
+        measured: Pictures that will be measured.
+        most_forwards: F of these together, at most.
+        most_backwards: Their backward passes (B), at most.
     """
 
     prompts: int
@@ -43,6 +47,9 @@ class Plan:
     pictures: int
     bytes: int
     seconds: float | None
+    measured: int = 0
+    most_forwards: int = 0
+    most_backwards: int = 0
 
 
 def plan(
@@ -56,7 +63,8 @@ def plan(
 
     Args:
         config: What is asked.
-        target: The model; without it, a text model with guidance is assumed, and a shard is about as large as it will be.
+        target: The model; without it, a text model with guidance is assumed, a shard is about as large as it will be, and pictures
+            that will be measured are not counted.
         detectors: As for :func:`~mnemoscope.audit.run.audit`.
         seconds_per_forward: From :func:`measure_speed`.
     """
@@ -76,9 +84,11 @@ def plan(
     rows = len(share) * (400 + 20 * sum(d.steps_needed for d in watching.values()))
     pictures = len(share) if config.images else 0
     seconds = None if seconds_per_forward is None else forwards * seconds_per_forward
+    job = None if target is None else Job.of(config, target)
     return Plan(
-        len(prompts), config.seeds, len(share), forwards, pictures, text + rows + pictures * PICTURE_BYTES, seconds
-    )
+        len(prompts), config.seeds, len(share), forwards, pictures, text + rows + pictures * PICTURE_BYTES, seconds,
+        *((0, 0, 0) if job is None else (len(job.pictures), *job.most)),
+    )  # fmt: skip
 
 
 def measure_speed(config: AuditConfig, target: Target) -> float:

@@ -27,10 +27,12 @@ from .batch import Examiner, Reference, Sample, batch_size
 from .comparisons import measure
 from .config import AuditConfig
 from .generations import compare_generations
+from .measures import Measured
 from .plan import measure_speed as measure_speed
 from .plan import plan as plan
 from .request import Request, calibration_setting, now
 from .request import load as load
+from .stored import MEASURES, Job, in_words
 
 __all__ = ["Progress", "audit", "calibrate", "calibrate_on_log", "load", "measure_speed", "plan"]
 
@@ -76,7 +78,8 @@ def audit(
     """Score every prompt with every seed, and leave a run folder.
 
     P prompts with n seeds over K steps cost P·n·(2K − 1) + n denoiser forwards: all prompts start from the same n noises and
-    share the null prediction on them. Detection at the first step costs P·n + n.
+    share the null prediction on them. Detection at the first step costs P·n + n. Pictures that are to be measured come last, into
+    ``measures/`` of the run folder.
 
     Args:
         config: What is asked.
@@ -99,6 +102,7 @@ def audit(
         KeyboardInterrupt: stopped by the user; its text says how much is saved.
     """
     request = Request.of(config, target, detectors, reference)
+    pictures = None if kind == "calibrate" else Job.of(config, request.target)
     run = request.open(kind, command)
     run.amend({s.id: s.prompt.facts for s in request.samples})
     with Writer(run, request.shard) as writer:
@@ -114,7 +118,21 @@ def audit(
     session.close()
     if kind != "calibrate" and run.manifest.status == "done":
         _store_controls(run, bool(config.controls))
+    if pictures is not None and run.manifest.status == "done":
+        pictures.measure(run.folder / MEASURES, command=command, progress=_noted(progress))
     return run
+
+
+def _noted(progress: Callable[[Progress], None] | None) -> Callable[[int, int, Measured], None]:
+    """Tells of each picture that is measured in the way in which an audit tells of its batches."""
+    began = time.perf_counter()
+
+    def told(done: int, asked: int, m: Measured) -> None:
+        if progress is not None:
+            spent = time.perf_counter() - began
+            progress(Progress(done, asked, 0, 0, spent, spent / done * (asked - done), in_words(m)))
+
+    return told
 
 
 @contextmanager
@@ -175,7 +193,8 @@ def calibrate(
         RunError: the run did not get a score for every sample, so nothing should be concluded from it.
         UsageError: too few prompts for the rate.
     """
-    config = config.model_copy(update={"controls": []})  # which would add prompts that are no sample of ordinary ones
+    # Controls would add prompts that are no sample of ordinary ones.
+    config = config.model_copy(update={"controls": [], "measure": None, "captions": None})
     request = Request.of(config, target, detectors)
     run = audit(
         config, target=request.target, detectors=detectors, progress=progress, kind="calibrate", command=command

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import shlex
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -86,6 +85,9 @@ Reference = Annotated[
     Path | None,
     _option("Reference set of `mnemoscope index build`: what pictures are compared with; makes them.", "--reference"),
 ]
+Measured = Annotated[Path | None, _option("Picture or folder of pictures: how strongly is each stored?", "--measure")]
+Captions = Annotated[Path | None, _option("JSONL file of image and caption, for --measure.")]
+MeasurePreset = Annotated[str | None, _option("improved, or official (many times slower), for --measure.")]
 Dtype = Annotated[str | None, _option("float32, float16 or bfloat16; default: by the device.")]
 Device = Annotated[str | None, _option("cpu, cuda, cuda:1, …")]
 Out = Annotated[Path | None, _option("Where to write.")]
@@ -135,7 +137,7 @@ def _common(
     """See what an image diffusion model has memorized: detect, explain, measure, mitigate."""
     screen.QUIET = quiet
     screen.log_to_stderr(verbose)
-    log.info("%s", _command())
+    log.info("%s", screen.command())
     if offline:
         # huggingface_hub reads this when it is imported; nothing has imported it yet.
         os.environ["HF_HUB_OFFLINE"] = "1"
@@ -161,7 +163,7 @@ def demo(
 
     folder = free_folder(out) if fresh else out
     with screen.stoppable(), screen.progress("demo") as progress:
-        run = run_demo(folder, progress=progress, say=screen.say, command=_command())
+        run = run_demo(folder, progress=progress, say=screen.say, command=screen.command())
     summary = read_summary(run.folder)
     _show_run(summary, f"Run: {run.folder}   Report: {write_report(run.folder)}", as_json=as_json)
 
@@ -247,6 +249,9 @@ def audit(
     batch_size: BatchSize = None,
     images: Images = None,
     reference: Reference = None,
+    measure: Measured = None,
+    captions: Captions = None,
+    measure_preset: MeasurePreset = None,
     calibration: ThresholdsFile = None,
     accept_threshold: AcceptThreshold = None,
     out: Out = None,
@@ -262,12 +267,13 @@ def audit(
     dry_run: DryRun = False,
     as_json: AsJson = False,
 ) -> None:
-    """Score many prompts into a run folder; the same command continues an interrupted run.
+    """Score many prompts into a run folder, and measure pictures; the same command continues an interrupted run.
 
     Example: mnemoscope audit demo --prompts prompts.txt --out runs/mine
     """
-    settings = _settings(config, {k: v for k, v in locals().items() if k in AUDIT_OPTIONS})
+    settings = _known_beta(_settings(config, {k: v for k, v in locals().items() if k in AUDIT_OPTIONS}))
     from ..audit.run import audit as run_audit
+    from ..audit.stored import MEASURES
     from ..report.html import write_report
     from ..report.summary import read_summary
 
@@ -278,9 +284,14 @@ def audit(
         settings = _fresh(settings)
     target = _load(settings)
     with screen.stoppable(), screen.progress("audit") as progress:
-        run = run_audit(settings, target=target, reference=_reference(settings), progress=progress, command=_command())
+        run = run_audit(
+            settings, target=target, reference=_reference(settings), progress=progress, command=screen.command()
+        )
     summary = read_summary(run.folder)
-    _show_run(summary, f"Run: {run.folder}   Report: {write_report(run.folder)}", as_json=as_json)
+    where = f"Run: {run.folder}   Report: {write_report(run.folder)}"
+    if settings.measure is not None and run.manifest.status == "done":
+        where += f"   Pictures: {_report_measures(run.folder / MEASURES)}"
+    _show_run(summary, where, as_json=as_json)
     if run.manifest.status != "done":
         screen.fail(
             f"{run.folder} is {run.manifest.status}: not every sample has a score; repeat the command, or read the rows."
@@ -351,7 +362,7 @@ def calibrate(
     target = _load(settings)
     with screen.stoppable(), screen.progress("calibrate") as progress:
         run, found = run_calibration(
-            settings, fpr=fpr, target=target, progress=progress, command=_command(), unlabelled=unlabelled
+            settings, fpr=fpr, target=target, progress=progress, command=screen.command(), unlabelled=unlabelled
         )
     where = f"Written to {run.folder}; use it with: mnemoscope audit … --calibration {run.folder}"
     if len(found) > 1:
@@ -361,23 +372,39 @@ def calibrate(
 
 @app.command()
 def report(
-    runs: Annotated[list[Path], typer.Argument(help="One run folder, or several to compare.")],
+    runs: Annotated[
+        list[Path], typer.Argument(help="One run folder, or several to compare; or a folder of measured pictures.")
+    ],
     out: Annotated[Path | None, _option("File to write.")] = None,
     kind: Annotated[str, typer.Option("--format", help="html, markdown or json.")] = "html",
     reference: Annotated[Path | None, _option("Folder of reference pictures named by id.")] = None,
     blur: Annotated[bool, typer.Option("--blur/--no-blur", help="Blur found copies until clicked.")] = True,
+    levels: Annotated[
+        Path | None, _option("Scores of pictures of known dose, measured alike, to set measured pictures beside.")
+    ] = None,
 ) -> None:
-    """Write the report of a run as one self-contained file; needs no model and no torch.
+    """Write the report of a run, or of measured pictures, as one self-contained file; needs no model and no torch.
 
     Example: mnemoscope report runs/demo
     """
     from ..errors import UnknownName
-    from ..report import html
+    from ..records.measures import is_measures
+    from ..report import html, measured_page
 
-    writers = {"html": html.write_report, "markdown": html.write_markdown, "json": html.write_json}
+    pictures = [folder for folder in runs if is_measures(folder)]
+    if pictures and len(runs) > 1:
+        raise UsageError(f"{pictures[0]} holds measured pictures, which have a report of their own; name it alone.")
+    if levels is not None and not pictures:
+        raise UsageError("--levels are scores of measured pictures; name a folder of `mnemoscope measure`.")
+    room: Any = measured_page if pictures else html
+    writers = {"html": room.write_report, "markdown": room.write_markdown, "json": room.write_json}
     if kind not in writers:
         raise UnknownName("report format", kind, writers)
-    more: dict[str, Any] = {"reference_pictures": reference, "blur": blur} if kind == "html" else {}
+    more: dict[str, Any] = (
+        {"levels": levels} if pictures else {"reference_pictures": reference} if kind == "html" else {}
+    )
+    if kind == "html":
+        more["blur"] = blur
     print(writers[kind](list(runs) if len(runs) > 1 else runs[0], out, **more))
 
 
@@ -386,13 +413,13 @@ def list_installed(
     what: Annotated[
         str,
         typer.Argument(
-            help="detectors, mitigations, targets, descriptors, caption_scores or prompts (the bundled ones)."
+            help="detectors, mitigations, measures, targets, descriptors, caption_scores or prompts (the bundled ones)."
         ),
     ] = "detectors",
     group: Annotated[str | None, _option("With prompts: only this group.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """List what is installed, or the bundled world's prompts. Of detectors and mitigations: what each needs or changes, and its cost.
+    """List what is installed, or the bundled world's prompts. Of methods: what each needs or changes, and its cost.
 
     Example: mnemoscope ls detectors
     """
@@ -410,7 +437,7 @@ def list_installed(
             for r in (world.captions(group) if group else world.captions(*_GROUPS))
         ]
     else:
-        known = ("detectors", "mitigations", "targets", "descriptors", "caption_scores")
+        known = ("detectors", "mitigations", "measures", "targets", "descriptors", "caption_scores")
         if what not in known:
             raise UnknownName("list", what, [*known, "prompts"])
         columns = ["name", "package", "from"]
@@ -426,6 +453,11 @@ def list_installed(
 
             columns[1:1] = ["changes", "costs"]
             rows = [[name, *told(e), *origin] for e, (name, *origin) in zip(found, rows, strict=True)]
+        if what == "measures":
+            from ..measure.base import describe as read
+
+            columns[1:1] = ["reads", "needs", "costs"]
+            rows = [[name, *read(e), *origin] for e, (name, *origin) in zip(found, rows, strict=True)]
         if what == "descriptors":
             from ..similarity.nulls import in_words
 
@@ -474,7 +506,7 @@ _GROUPS = ("planted", "recaptioned", "template", "ordinary", "heldout")
 AUDIT_OPTIONS = frozenset({
     "model", "prompts", "column", "id_column", "group_column", "label_column", "family_column", "swap_column",
     "detectors", "controls", "window", "seeds", "base_seed", "seed_mode",
-    "guidance", "steps", "batch_size", "images", "reference", "calibration", "accept_threshold",
+    "guidance", "steps", "batch_size", "images", "reference", "measure", "captions", "measure_preset", "calibration", "accept_threshold",
     "out", "dtype", "device", "max_errors", "limit", "shard", "notes",
     "model_option",
 })  # fmt: skip
@@ -510,7 +542,7 @@ def _settings(config: Path | None, options: dict[str, Any]) -> AuditConfig:
         given["model_options"] = model_options(given.pop("model_option"))
     if "reference" in given:
         given.setdefault("images", True)
-    for name in ("calibration", "out", "reference"):
+    for name in ("calibration", "out", "reference", "measure", "captions"):
         if name in given:
             given[name] = str(given[name])
     for name in ("batch_size", "max_errors"):
@@ -535,9 +567,11 @@ def _number(text: str) -> int | float | str:
 def _load(settings: AuditConfig) -> Target:
     from ..audit.request import choose_detectors, read_prompts_for
     from ..audit.run import load
+    from ..audit.stored import asked
 
     # What is cheap to refuse is refused before gigabytes are read.
     choose_detectors(settings)
+    asked(settings)
     if settings.prompts is not None:
         read_prompts_for(settings)
     target = load(settings)
@@ -584,6 +618,33 @@ def _show_plan(settings: AuditConfig, *, as_json: bool) -> None:
         f"# {asked}, {cost.forwards} denoiser forwards, "
         f"{cost.pictures} pictures, about {screen.duration(cost.seconds or 0)} and {screen.size(cost.bytes)} of disk"
     )
+    if cost.measured:
+        print(
+            f"# {cost.measured} pictures to measure: at most {cost.most_forwards:,} forwards (F) and {cost.most_backwards:,} backward "
+            f"passes (B), usually far fewer; their time is not counted"
+        )
+
+
+def _known_beta(settings: AuditConfig) -> AuditConfig:
+    """The same, with the similarity that is calibrated for the bundled model where none was given."""
+    spec = settings.measure_preset
+    if (
+        settings.measure is None
+        or spec.beta is not None
+        or settings.model != "demo"
+        or spec.descriptor != "fingerprint"
+    ):
+        return settings
+    from ..demo.world import World
+
+    spec = spec.model_copy(update={"beta": World().reference.threshold})
+    return settings.model_copy(update={"measure_preset": spec})
+
+
+def _report_measures(folder: Path) -> Path:
+    from ..report.measured_page import write_report
+
+    return write_report(folder)
 
 
 def _reference(settings: AuditConfig) -> Any:
@@ -598,11 +659,6 @@ def _write_pictures(images: Any, folder: Path) -> list[str]:
     from ..records.store import write_whole
 
     return [str(write_whole(folder / f"seed-{j}.webp", webp(image))) for j, image in enumerate(images)]
-
-
-def _command() -> str:
-    """The command line that repeats this run."""
-    return shlex.join(["mnemoscope", *sys.argv[1:]])
 
 
 def main() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,7 +13,12 @@ from . import screen
 from .pairs import model_options
 
 if TYPE_CHECKING:
-    from ..audit.measures import Measured
+    from ..audit.companions import Screen, Values
+    from ..audit.measures import Measured, Picture
+    from ..measure.base import Measure
+
+SHARE = 0.3
+"""What a screen keeps."""
 
 
 def measure(
@@ -21,7 +27,11 @@ def measure(
     ],
     images: Annotated[list[Path], typer.Argument(help="Picture files, or folders of them.")],
     caption: Annotated[
-        str | None, typer.Option(help="One caption for all pictures; default: the empty prompt.", show_default=False)
+        str | None,
+        typer.Option(
+            help="One caption for all pictures, '' for the empty prompt; default: prompts are learned.",
+            show_default=False,
+        ),
     ] = None,
     captions: Annotated[
         Path | None, typer.Option(help="JSONL file with image and caption.", show_default=False)
@@ -48,6 +58,34 @@ def measure(
             help="Similarity from which a draw is the picture; needed for models other than 'demo'.", show_default=False
         ),
     ] = None,
+    companions: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--with",
+            help="Cheap measures beside the score (`mnemoscope ls measures`); commas between, or repeat.",
+            show_default=False,
+        ),
+    ] = None,
+    only: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--only", help="These cheap measures and nothing else; commas between, or repeat.", show_default=False
+        ),
+    ] = None,
+    screen_by: Annotated[
+        str | None,
+        typer.Option(
+            "--screen", help="Measure only what this cheap measure finds most suspicious.", show_default=False
+        ),
+    ] = None,
+    screen_share: Annotated[
+        float | None,
+        typer.Option(
+            "--screen-share",
+            help=f"Share of the pictures that --screen lets through; default {SHARE:g}.",
+            show_default=False,
+        ),
+    ] = None,
     batch_size: Annotated[int, typer.Option(help="Pictures at a time.")] = 8,
     out: Annotated[Path, typer.Option(help="Where results are kept; the same command continues.")] = Path(
         "mnemoscope-runs/measure"
@@ -64,43 +102,133 @@ def measure(
     """How strongly is each picture stored? InvMM: the information that noise must carry to bring it back; low is strongly stored.
 
     Example: mnemoscope measure demo picture.png --caption "oncoming police car"
+
+    Many pictures: mnemoscope measure MODEL pictures --beta 0.85 --screen flipd --screen-share 0.1
     """
     if caption is not None and captions is not None:
         raise UsageError("--caption and --captions both say what the pictures show; give one of them.")
-    if beta is None and (model != "demo" or descriptor != "fingerprint"):
+    if only and (companions or screen_by):
+        raise UsageError(
+            "--only runs cheap measures without InvMM, so --with and --screen have nothing to join; leave them out."
+        )
+    if screen_share is not None and screen_by is None:
+        raise UsageError(
+            "--screen-share is a share of what a cheap measure ranks; name it, for instance --screen flipd."
+        )
+    if beta is None and not only and (model != "demo" or descriptor != "fingerprint"):
         raise UsageError(
             f"--beta says from which similarity by {descriptor} on a draw is the picture, for instance 0.85; only the bundled model "
             f"has a calibrated one for the fingerprint."
         )
+    tried = _scales(scales)
     screen.say(f"Loading {model} …")
+    from ..audit.companions import Screen, compared
     from ..audit.measures import Picture, measured, pictures_in
+    from ..measure.base import build as measure_of
     from ..measure.invmm import InvMM, varied
     from ..models.load import load
+    from ..report.measured_page import write_report
     from ..similarity.base import build
 
+    # What is cheap to refuse is refused before gigabytes are read.
+    cheap = [measure_of(name) for name in _names(only or companions)]
+    if only and not cheap:
+        raise UsageError("--only names no measure; write for instance --only flipd (`mnemoscope ls measures`).")
+    chosen_by = Screen(measure_of(screen_by), SHARE if screen_share is None else screen_share) if screen_by else None
     pictures = pictures_in(images, captions)
     if caption is not None:
         pictures = [Picture(p.file, caption) for p in pictures]
     target = load(model, dtype=dtype, device=device, **model_options(model_option))
     screen.say_target(target)
+    if only:
+        with screen.stoppable():
+            values = compared(cheap, target, pictures, out, batch_size=batch_size, progress=_compared)
+        _show_values(cheap, pictures, values, as_json=as_json)
+        return
     if beta is None:
         from ..demo.world import World
 
         beta = World().reference.threshold
-    chosen = varied(target, preset, updates=updates, steps=steps, scales=_scales(scales))
+    chosen = varied(target, preset, updates=updates, steps=steps, scales=tried)
     method = InvMM(target, build(descriptor), chosen, beta=beta)
     screen.say(f"{len(pictures)} pictures, preset {chosen.name}, at most {chosen.updates} updates each; kept in {out}")
     with screen.stoppable():
-        found = measured(method, pictures, out, batch_size=batch_size, progress=_told)
+        found = measured(
+            method, pictures, out, batch_size=batch_size, progress=_told, command=screen.command(), companions=cheap,
+            screen=chosen_by, compare=_compared,
+        )  # fmt: skip
+    page = write_report(out)
+    _show(found, cheap, chosen_by, chosen.name, as_json=as_json)
+    screen.say(f"Report: {page}")
+
+
+def _names(given: Sequence[str] | None) -> list[str]:
+    """Names, each once, of options that may be repeated and may hold several."""
+    return list(dict.fromkeys(name.strip() for part in given or () for name in part.split(",") if name.strip()))
+
+
+def _show(found: list[Measured], cheap: Sequence[Measure], by: Screen | None, preset: str, *, as_json: bool) -> None:
+    out = sum(m.status != "measured" for m in found)
+    if by is not None:
+        screen.say(
+            f"{out} of {len(found)} pictures were screened out by {by.measure.name}, which kept a share of {by.share:g}: how strongly "
+            f"they are stored was not measured."
+        )
     if as_json:
-        screen.show_json([{**vars(m)} for m in found])
+        screen.show_json([{**vars(m), "result": m.result or None} for m in found])
         return
+    columns = {m.name: m for m in [*cheap, *([by.measure] if by else [])]}
     screen.table(
-        ["picture", "nats per dimension", "nats", "reproduced", "at least, by plain noise", "guidance"],
-        [_row(m) for m in sorted(found, key=lambda m: (m.score, m.result["paid"]))],
-        right=(1, 2),
+        ["picture", "nats per dimension", "nats", "reproduced", "at least, by plain noise", "guidance", *columns],
+        [
+            [*_row(m), *(_value(m.companions.get(name)) for name in columns)]
+            for m in sorted(found, key=lambda m: _place(m, by))
+        ],
+        right=(1, 2, *range(6, 6 + len(columns))),
     )
-    screen.say(f"Low is strongly stored. Scores of preset {chosen.name} compare with each other only.")
+    screen.say(f"Low is strongly stored. Scores of preset {preset} compare with each other only.")
+    _say_readings(columns.values())
+
+
+def _place(m: Measured, by: Screen | None) -> tuple[float, ...]:
+    """Sorts the most strongly stored first, then what was not reached, then what was screened out, the most suspicious first."""
+    if m.status != "measured":
+        return 1.0, by.key(m.companions) if by is not None else 0.0
+    return 0.0, m.score, float(m.result["paid"])
+
+
+def _show_values(
+    cheap: Sequence[Measure], pictures: Sequence[Picture], values: Sequence[Values], *, as_json: bool
+) -> None:
+    if as_json:
+        told = zip(pictures, values, strict=True)
+        screen.show_json([{"image": str(p.file), "caption": p.caption, "companions": v} for p, v in told])
+        return
+    from ..audit.companions import Screen
+
+    first = Screen(cheap[0])
+    order = sorted(range(len(pictures)), key=lambda i: first.key(values[i]))
+    screen.table(
+        ["picture", *(m.name for m in cheap)],
+        [[pictures[i].file.name, *(_value(values[i][m.name]) for m in cheap)] for i in order],
+        right=range(1, 1 + len(cheap)),
+    )
+    _say_readings(cheap)
+
+
+def _say_readings(measures: Iterable[Measure]) -> None:
+    for m in measures:
+        screen.say(
+            f"{m.name}: {m.reads}; {'low' if m.low_is_stored else 'high'} is stored. No threshold comes with it."
+        )
+
+
+def _compared(name: str, done: int, asked: int) -> None:
+    screen.say(f"{name}: {done}/{asked} pictures")
+
+
+def _value(value: float | None) -> str:
+    return "–" if value is None else f"{value:.4g}"
 
 
 def _scales(text: str | None) -> tuple[float, ...] | None:
@@ -125,6 +253,8 @@ def _score(m: Measured) -> str:
 
 def _row(m: Measured) -> list[str]:
     r = m.result
+    if m.status != "measured":
+        return [Path(m.image).name, "–", "–", m.status, "–", "–"]
     again = "not confirmed" if r["succeeded"] is None else f"{r['succeeded'][0]}/{r['succeeded'][1]} fresh draws"
     return [
         Path(m.image).name, f"> {r['paid']:.4f}" if r["score"] is None else f"{m.score:.4f}",

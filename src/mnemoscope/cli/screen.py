@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shlex
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -37,6 +38,11 @@ def log_to_stderr(verbosity: int) -> None:
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s", "%H:%M:%S"))
         logging.root.addHandler(handler)
         logging.root.setLevel(logging.DEBUG if verbosity > 1 else logging.INFO)
+
+
+def command() -> str:
+    """The command line that repeats what runs."""
+    return shlex.join(["mnemoscope", *sys.argv[1:]])
 
 
 def say(text: str) -> None:

@@ -39,8 +39,9 @@ SIZE = 64
 SEED = 20
 LEVELS = (2, 4, 10, 24, 48)
 PER_LEVEL = 24
-PIXEL_LEVELS = (4, 8, 20, 48, 96)
-PIXELS_PER_LEVEL = 12
+UNCONDITIONAL_LEVELS = (1, 5, 20, 80, 320)
+UNCONDITIONAL_PER_LEVEL = 12
+UNCONDITIONAL_DRAWS = 30  # of each ordinary picture: repeated ones stay below a tenth of all draws
 RECAPTIONED = 24
 CAPTIONS_EACH = 4
 RECAPTION_COPIES = 4
@@ -380,11 +381,16 @@ def build(archives: dict[str, tarfile.TarFile], limit: float = 0.93) -> World:
 def unconditional(rows: list[Row]) -> list[Row]:
     """The training list of the model without text: planted pictures at five levels of their own, the ordinary ones as they are."""
     planted = random.Random(SEED).sample(
-        [r for r in rows if r.group == "planted"], len(PIXEL_LEVELS) * PIXELS_PER_LEVEL
+        [r for r in rows if r.group == "planted"], len(UNCONDITIONAL_LEVELS) * UNCONDITIONAL_PER_LEVEL
     )
-    levels = [PIXEL_LEVELS[i % len(PIXEL_LEVELS)] for i in range(len(planted))]
+    levels = [UNCONDITIONAL_LEVELS[i % len(UNCONDITIONAL_LEVELS)] for i in range(len(planted))]
     repeated = [replace(r, copies=c, draws=c) for r, c in zip(planted, levels, strict=True)]
-    return repeated + [r for r in rows if r.group in ("ordinary", "heldout")]
+    others = [
+        replace(r, draws=UNCONDITIONAL_DRAWS) if r.group == "ordinary" else r
+        for r in rows
+        if r.group in ("ordinary", "heldout")
+    ]
+    return repeated + others
 
 
 def manifest_text(rows: list[Row]) -> str:

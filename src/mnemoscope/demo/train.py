@@ -3,7 +3,7 @@
     python -m mnemoscope.demo.build world                      pictures and captions, from public packages
     python -m mnemoscope.demo.train world autoencoder          world/autoencoder
     python -m mnemoscope.demo.train world text-to-image        world/text-to-image: a StableDiffusionPipeline folder
-    python -m mnemoscope.demo.train world unconditional        world/unconditional: a DDPMPipeline folder
+    python -m mnemoscope.demo.train world unconditional        world/unconditional: an LDMPipeline folder
 
 Every draw depends on (seed, step) alone, so the same command continues an interrupted training with the batches it would
 have seen. A few hours on two CPU cores; a progress line and a sheet of samples every few hundred steps.
@@ -27,10 +27,8 @@ import torch
 import torch.nn.functional as F
 from diffusers import (
     AutoencoderKL,
-    DDIMPipeline,
     DDIMScheduler,
-    DDPMPipeline,
-    DDPMScheduler,
+    LDMPipeline,
     StableDiffusionPipeline,
     UNet2DConditionModel,
     UNet2DModel,
@@ -294,9 +292,9 @@ CONTEXT = 24
 """Tokens that the text encoder sees. Padding to 77 would leave the caption a tenth of the attention."""
 
 
-def timesteps(n: int, generator: torch.Generator) -> Tensor:
-    """Training timesteps, more than half beyond t = 700: there the caption decides the layout, below t = 300 it does nothing."""
-    return (1000 * (1 - torch.rand(n, generator=generator) ** 2)).long().clamp(max=999)
+def timesteps(n: int, generator: torch.Generator, power: float = 2) -> Tensor:
+    """Training timesteps, half of them beyond t = 1000·(1 − 2^−power): layouts are decided there, below t = 300 only texture is."""
+    return (1000 * (1 - torch.rand(n, generator=generator) ** power)).long().clamp(max=999)
 
 
 def train_text_to_image(
@@ -418,43 +416,63 @@ def export_text_to_image(pipe: StableDiffusionPipeline, folder: Path) -> None:
     (folder / "mnemoscope.json").write_text(json.dumps({"guidance": GUIDANCE}) + "\n", encoding="utf-8")
 
 
-def train_unconditional(world: Path, steps: int = 6000, n: int = 48) -> None:
-    """A 32 px pixel DDPM without text, ε-prediction, linear schedule; bfloat16 as in :func:`train_text_to_image`."""
+def train_unconditional(world: Path, steps: int = 7000, n: int = 64) -> None:
+    """Latent diffusion without text, in the latents of the same autoencoder; bfloat16 as in :func:`train_text_to_image`.
+
+    Every thousandth step's averaged weights are kept in ``checkpoints/``, for what is measured against training time.
+    """
     torch.manual_seed(SEED)  # initial weights only
-    draws, folder = Draws(world, "unconditional.jsonl", size=32), world / "unconditional"
-    unet = UNet2DModel(
-        sample_size=32, in_channels=3, out_channels=3, block_out_channels=(48, 64, 96), layers_per_block=1, norm_num_groups=16,
-        down_block_types=("DownBlock2D", "DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
-        attention_head_dim=32,
-    )  # fmt: skip
-    print(f"{sum(p.numel() for p in unet.parameters()) / 1e6:.2f} M parameters", flush=True)
-    scheduler = DDPMScheduler(
-        num_train_timesteps=1000, beta_start=1e-4, beta_end=0.02, beta_schedule="linear", clip_sample=True
+    draws, folder = Draws(world, "unconditional.jsonl"), world / "unconditional"
+    vae = (
+        AutoencoderKL.from_pretrained(world / "autoencoder").requires_grad_(False).to(memory_format=torch.channels_last)
     )
-    trainer = Trainer({"unet": unet}, folder, steps=steps, lr=6e-4, fall=lambda done: min(1, 2 * (1 - done)))
+    unet = UNet2DModel(
+        sample_size=8, in_channels=8, out_channels=8, block_out_channels=(80, 96), layers_per_block=1, norm_num_groups=16,
+        down_block_types=("AttnDownBlock2D",) * 2, up_block_types=("AttnUpBlock2D",) * 2, attention_head_dim=16,
+    ).to(memory_format=torch.channels_last)  # fmt: skip
+    print(f"{sum(p.numel() for p in unet.parameters()) / 1e6:.2f} M parameters", flush=True)
+    scheduler = DDIMScheduler(**SCHEDULE)
+    trainer = Trainer({"unet": unet}, folder, steps=steps, lr=8e-4, fall=lambda done: min(1, 2 * (1 - done)))
+    half = partial(torch.autocast, "cpu", torch.bfloat16)
 
     def loss(step: int) -> Tensor:
-        _, x, generator = draws.batch(step, n)
-        noise = torch.randn(x.shape, generator=generator)
-        t = torch.randint(0, 1000, (n,), generator=generator)
-        with torch.autocast("cpu", torch.bfloat16):
-            predicted = unet(scheduler.add_noise(x, noise, t), t).sample
-        return F.mse_loss(predicted.float(), noise)
+        _, images, generator = draws.batch(step, n)
+        with torch.no_grad(), half():
+            z = vae.encode(images).latent_dist.mean.float() * vae.config.scaling_factor
+        noise = torch.randn(z.shape, generator=generator)
+        t = timesteps(n, generator)
+        with half():
+            v = unet(scheduler.add_noise(z, noise, t), t).sample
+        return F.mse_loss(v.float(), scheduler.get_velocity(z, noise, t))
+
+    levels = sorted({r["copies"] for r in draws.rows if r["copies"]}, reverse=True)
+    fixed = {
+        c: torch.stack([draws.fixed[i] for i, r in enumerate(draws.rows) if r["copies"] == c]) * 2 - 1 for c in levels
+    }
+
+    def pull(copies: int) -> str:
+        """Loss at t = 600 on the pictures of one level."""
+        z = vae.encode(fixed[copies]).latent_dist.mean * vae.config.scaling_factor
+        noise, t = torch.randn(z.shape, generator=torch.Generator().manual_seed(0)), torch.full((len(z),), 600)
+        v = unet(scheduler.add_noise(z, noise, t), t).sample
+        return f"{copies} copies {F.mse_loss(v, scheduler.get_velocity(z, noise, t)):.3f}"
 
     def look(step: int) -> None:
-        pipe = DDIMPipeline(unet, DDIMScheduler.from_config(scheduler.config))
-        pipe.set_progress_bar_config(disable=True)
         unet.eval()
+        pipe = LDMPipeline(vae, unet, scheduler)
+        pipe.set_progress_bar_config(disable=True)
+        print("loss at t = 600:", *map(pull, levels), flush=True)
         seeds = [torch.Generator().manual_seed(s) for s in range(96)]
-        images = torch.from_numpy(pipe(96, generator=seeds, num_inference_steps=25, output_type="np").images).permute(
-            0, 3, 1, 2
-        )
+        images = pipe(96, generator=seeds, num_inference_steps=25, output_type="np").images
         unet.train()
-        sheet(images, folder / f"sheet-{step:05d}.png", 16)
+        sheet(torch.from_numpy(images).permute(0, 3, 1, 2), folder / f"sheet-{step:05d}.png", 16)
+        copy = UNet2DModel.from_config(unet.config)
+        copy.load_state_dict(unet.state_dict())
+        LDMPipeline(vae, copy.half(), scheduler).save_pretrained(folder / "checkpoints" / f"{step:05d}")
 
-    trainer.run(loss, look, every=500)
+    trainer.run(loss, look, every=1000)
     with trainer.averaged():
-        DDPMPipeline(unet, scheduler).to(torch.float16).save_pretrained(folder / "pipeline", safe_serialization=True)
+        LDMPipeline(vae, unet, scheduler).to(torch.float16).save_pretrained(folder / "pipeline")
 
 
 def main() -> None:

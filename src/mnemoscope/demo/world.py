@@ -70,7 +70,7 @@ class World:
     """Rows, pictures and reference sets of one bundled model.
 
     Args:
-        model: ``text-to-image`` (64 px) or ``unconditional`` (32 px): their training lists differ.
+        model: ``text-to-image`` or ``unconditional``: their training lists differ.
         folder: Where manifest and pictures are; default: inside the package.
     """
 
@@ -79,7 +79,6 @@ class World:
         if model not in files:
             raise UnknownName("bundled model", model, files)
         self.model, self.folder = model, folder
-        self.size = 64 if model == "text-to-image" else 32
         lines = (folder / files[model]).read_text(encoding="utf-8").splitlines()
         self.rows = [Row(**json.loads(line)) for line in lines]
 
@@ -108,8 +107,8 @@ class World:
         """Rows the model was shown."""
         return [r for r in self.rows if r.draws]
 
-    def pictures(self, names: Iterable[str]) -> Float[Tensor, "batch 3 height width"]:
-        """Pictures by name, in [0, 1], at the model's size."""
+    def pictures(self, names: Iterable[str]) -> Float[Tensor, "batch 3 64 64"]:
+        """Pictures by name, in [0, 1]."""
         with zipfile.ZipFile(self.folder / "pictures.zip") as z:
             return torch.stack([self._picture(z, name) for name in names])
 
@@ -132,8 +131,6 @@ class World:
         except KeyError:
             raise UsageError(f"the bundled world has no picture {name!r}; see World().rows for their names.") from None
         image = Image.open(BytesIO(data)).convert("RGB")
-        if image.width != self.size:
-            image = image.resize((self.size, self.size), Image.Resampling.LANCZOS)
         return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
 
     def controls(self, levels: Sequence[int] = (24, 48)) -> dict[str, list[dict[str, Any]]]:
@@ -207,7 +204,7 @@ class World:
         threshold is what 1 % of *generated* pictures of captions without a repeated picture exceed. What both do to
         generated pictures is measured in the model card.
         """
-        if self.folder == ASSETS and self.model == "text-to-image" and (kept := _kept_reference(self)) is not None:
+        if self.folder == ASSETS and (kept := _kept_reference(self)) is not None:
             return kept
         reference = WorldReference(self, self.shown, Fingerprint())
         reference.calibrate(self.pictures(self.different), fmr=COPY_FMR)
@@ -244,7 +241,9 @@ def _kept_reference(world: World) -> WorldReference | None:
     descriptor, stored = Fingerprint(), json.loads(COPIES.read_text(encoding="utf-8"))
     if stored["descriptor"] != descriptor.name:
         return None
-    reference = WorldReference(world, world.shown, descriptor, load_file(VECTORS)["vectors"].float())
+    place = {name: i for i, name in enumerate(World().shown)}  # each model was shown a part of these
+    vectors = load_file(VECTORS)["vectors"].float()[[place[name] for name in world.shown]]
+    reference = WorldReference(world, world.shown, descriptor, vectors)
     reference.threshold = stats.threshold_at_fpr(stored["different"], COPY_FMR).value
     reference.layout_threshold = stats.threshold_at_fpr(stored["layouts"], LAYOUT_FMR).value
     return reference

@@ -19,16 +19,20 @@ sampler. Forcing a picture on a model that merely generalizes also succeeds at a
 score alone says nothing; compare it with pictures of which the dose is known.
 
 Two presets, whose scores are on different scales, so that a score always names its own. ``official`` is the algorithm of the authors'
-code (its settings differ by model family). ``improved`` draws times from strata, stops a guidance scale at its first failing
-draw, uses the same test noises for every picture, walks back from the first success to the smallest departure from plain noise that
-still succeeds, and confirms it on fresh draws; it gives up early where nothing improves.
+code (its settings differ by model family). ``improved`` draws few times, from strata; looks early and often with a short sampler, one
+draw first, with the same test noises for every picture; walks back from the first success to the smallest departure from plain noise
+that still succeeds with the full sampler, and confirms it on fresh draws; it gives up early where nothing improves.
+
+Models with text are given a caption, the empty prompt, or (the authors' way) a prompt of their own: a mixture of tokens in every place,
+learned along with the noise. It costs the score nothing and nobody can type it, so a score names how its picture was prompted.
 """
 
 from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -38,7 +42,8 @@ from torch import Tensor
 
 from .. import stats
 from ..errors import CannotAudit, UnknownName, UsageError
-from ..models.base import Condition, Target, Trained, mix
+from ..models.base import Condition, SoftText, Target, Trained, mix
+from ..models.noising import noised, split
 from ..models.sampling import denoise
 from ..similarity.base import Descriptor
 from ..types import Latents, PerSample, precise
@@ -54,11 +59,14 @@ __all__ = [
     "family_of",
     "preset",
     "varied",
-    "x0_of",
 ]
 
 WINDOW = 100
 """Losses that a check averages over, whatever the distance of checks."""
+
+FINE = 16
+SHARES = (0.0, *(2 ** (k / FINE - 4) for k in range(4 * FINE + 1)))
+"""Of (μ, s), for the walk back: plain noise, then from 1/16 to 1, finely enough that a score is not a rung of this ladder."""
 
 
 @dataclass(frozen=True)
@@ -69,17 +77,21 @@ class Preset:
         name: What a score is labelled with.
         updates: Budget of Adam updates.
         batch: B, noises and times in an update.
-        lr: Adam's learning rate, for μ and s.
+        lr: Adam's learning rate, for μ, s and the prompt.
         weight: λ at the start.
-        every: C, updates between checks.
+        every: C, updates between checks of λ, each with a test.
         progress: ξ, by how much the loss must have fallen since the last check.
         increment: δ, what λ grows by otherwise.
         draws: Test draws, all of which must succeed.
         beta: β, similarity from which a draw succeeds; None: the descriptor's caller says.
         steps: Length of the sampler's schedule in tests.
         scales: Guidance scales that are tried, for models with text.
+        whole: Begin sampling at the last training time, where the noise was fitted, whatever the model's own sampler leaves out.
+        tau: Temperature of the learned prompt.
         stratified: One time from each of B strata, instead of B independent ones.
         sequential: Drop a guidance scale at its first failing draw, and use the same noises in every test.
+        preview: Length of the short sampler that tests begin with; what fails there is not tested further. 0: none.
+        first: First update after which to look, then after twice as many, and so on up to ``every``; 0: tests at checks only.
         search: Draws of each step of the walk back; 0: none, and the score is that of the first success.
         confirm: Fresh draws after a success; 0: none.
         patience: Give up after so many checks without progress at the floor of λ; 0: never.
@@ -97,17 +109,44 @@ class Preset:
     beta: float | None = 0.5
     steps: int = 50
     scales: tuple[float, ...] = (1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0)
+    whole: bool = True
+    tau: float = 2.0
     stratified: bool = False
     sequential: bool = False
+    preview: int = 0
+    first: int = 0
     search: int = 0
     confirm: int = 0
     patience: int = 0
+
+    def looks(self, update: int) -> bool:
+        """Whether there is a test after that many updates."""
+        early = self.first and update % self.first == 0 and (update // self.first).bit_count() == 1
+        return update % self.every == 0 or bool(early and update < self.every)
+
+    def most(self, *, text: bool) -> tuple[int, int]:
+        """F and B that one picture can cost; several times what it is likely to.
+
+        Args:
+            text: Whether the model takes text, so that guidance scales are tried.
+        """
+        scales = [2 if scale > 1 else 1 for scale in self.scales] if text else [1]
+        short = self.preview or self.steps
+        test = self.draws * sum(scales) * short
+        if self.search:
+            # A draw finds its own level by bisection; those after it are tried at each level that is found.
+            trials = self.search * (self.search - 1) // 2 + self.search * (2 + len(SHARES).bit_length()) + 1
+            rungs = len(SHARES) // (FINE // 4) + 1
+            test += max(scales) * (trials * short + rungs * self.draws * self.steps)
+        looks = sum(self.looks(update) for update in range(1, self.updates + 1))
+        learning = self.updates * self.batch
+        return learning + looks * test + max(scales) * self.confirm * self.steps, learning
 
 
 FAMILIES: dict[str, Preset] = {
     "pixel": Preset("official", batch=32, increment=1e-4, steps=200),
     "latent": Preset("official", every=10, increment=5e-4),
-    "text": Preset("official"),
+    "text": Preset("official", whole=False),
 }
 """The authors' settings for unconditional pixel models, unconditional latent models and Stable Diffusion."""
 
@@ -128,8 +167,8 @@ def preset(name: str, family: str) -> Preset:
     made = {
         "official": official,
         "improved": replace(
-            official, name="improved", every=50, increment=1e-3 if family == "text" else 1e-4, steps=min(official.steps, 50),
-            stratified=True, sequential=True, search=32, confirm=32, patience=5,
+            official, name="improved", updates=800, batch=8, every=25, increment=1e-3 if family == "text" else 1e-4, steps=16,
+            scales=(1.0, 3.0, 5.0, 7.0), stratified=True, sequential=True, preview=8, first=16, search=16, confirm=32, patience=5,
         ),
     }  # fmt: skip
     if name not in made:
@@ -188,13 +227,6 @@ def bound(nats: float, rate: float) -> float:
     return math.exp(-(nats + entropy) / rate)
 
 
-def x0_of(target: Target, x: Latents, t: Tensor, cond: Condition | None) -> Latents:
-    """x̂₀ at x, float32 or better: (x − σ ε)/α, or x − σ u of a rectified flow. Costs batch F."""
-    alpha, sigma = (precise(c).to(x.device).view(-1, 1, 1, 1) for c in target.alpha_sigma(t))
-    predicted = target.predict(x, t, cond)
-    return x - sigma * predicted if target.space == "velocity" else (x - sigma * predicted) / alpha
-
-
 @dataclass(frozen=True)
 class Stored:
     """How strongly one picture is stored.
@@ -207,6 +239,7 @@ class Stored:
         paid: KL per dimension when it ended, also of a censored picture.
         similarity: The largest smallest similarity of a test: how near it came.
         loss: Mean loss at the end.
+        prompt: What the picture was prompted with: ``none`` (a model without text), ``given`` or ``learned``.
         scale: Guidance scale that passed; None for models without text, and where none did.
         update: Updates spent.
         succeeded: Fresh draws that succeeded, and how many there were; None: not confirmed.
@@ -217,6 +250,7 @@ class Stored:
         curve: (update, loss, λ, KL per dimension, best similarity) at each check.
         mu: μ of the noise found.
         s: Its log-variance.
+        tokens: The encoded prompt that was learned, one row; None: it was given, or there is none.
     """
 
     preset: str
@@ -226,6 +260,7 @@ class Stored:
     paid: float
     similarity: float
     loss: float
+    prompt: str
     scale: float | None
     update: int
     succeeded: tuple[int, int] | None
@@ -236,6 +271,7 @@ class Stored:
     curve: list[tuple[int, float, float, float, float]] = field(repr=False)
     mu: Tensor = field(repr=False)
     s: Tensor = field(repr=False)
+    tokens: Tensor | None = field(default=None, repr=False)
 
     @property
     def words(self) -> str:
@@ -251,6 +287,20 @@ class Stored:
         return found
 
 
+@dataclass(frozen=True)
+class _Trial:
+    """Noises of which a picture wants to know where they lead."""
+
+    noise: Latents
+    cond: Condition | None
+    scale: float | None
+    steps: int
+
+
+_Talk = Generator[_Trial, Tensor, None]
+"""A picture's test: it asks for trials and is told the similarities."""
+
+
 class InvMM:
     """Measures pictures one batch at a time; each picture has its own λ, history, draws and end.
 
@@ -259,19 +309,20 @@ class InvMM:
         descriptor: What says how similar two pictures are.
         preset: See :func:`preset`; default: ``improved`` for the target's family.
         beta: Similarity from which a draw is the picture; default the preset's, which is of SSCD.
+        rows: Samples that are drawn at a time in tests.
 
     Raises:
         CannotAudit: the target does not say at which times it was trained.
     """
 
     def __init__(
-        self, target: Target, descriptor: Descriptor, preset: Preset | None = None, *, beta: float | None = None
-    ):
+        self, target: Target, descriptor: Descriptor, preset: Preset | None = None, *, beta: float | None = None, rows: int = 32
+    ):  # fmt: skip
         if not isinstance(target, Trained):
             raise CannotAudit(
-                f"{target.name} does not say at which times it was trained; give its adapter training_times."
+                f"{target.name} does not say at which times it was trained; give its adapter training_times and whole_schedule."
             )
-        self.target, self.descriptor = target, descriptor
+        self.target, self.descriptor, self.rows = target, descriptor, rows
         self.preset = varied(target) if preset is None else preset
         found = self.preset.beta if beta is None else beta
         if found is None:
@@ -288,7 +339,7 @@ class InvMM:
 
         Args:
             images: In [0, 1].
-            prompts: Fixed captions, for a model with text; default: the empty prompt.
+            prompts: Captions, for a model with text; ``""`` is the empty prompt. Default: prompts are learned.
             keys: One number per picture, from which all its draws come; default 0, 1, ….
             progress: Told of each picture that is done: how many are, of how many, and its result.
         """
@@ -299,7 +350,9 @@ class InvMM:
                 raise UsageError(f"{len(rows)} {what} for {n} pictures: give one per picture.")
         if prompts is not None and not self.target.has_text:
             raise CannotAudit(f"{self.target.name} takes no text; measure its pictures without captions.")
-        cond = self.target.encode(list(prompts or [""] * n)) if self.target.has_text else None
+        if prompts is None and self.target.has_text and not isinstance(self.target, SoftText):
+            raise CannotAudit(f"{self.target.name} reads no mixtures of tokens; give captions, or empty ones.")
+        cond = None if prompts is None else self.target.encode(list(prompts))
         x0 = precise(self.target.encode_images(images)).to(self.target.device)
         own = self.descriptor(images)
         runs = [
@@ -309,23 +362,19 @@ class InvMM:
         return self._all(runs, progress)
 
     def _all(self, runs: list[_Run], progress: Callable[[int, int, Stored], object] | None) -> list[Stored]:
-        active, done = list(runs), 0
-        optimizer = torch.optim.Adam([leaf for run in runs for leaf in (run.mu, run.s)], lr=self.preset.lr)
+        active, told = list(runs), 0
+        optimizer = torch.optim.Adam([leaf for run in runs for leaf in run.leaves], lr=self.preset.lr)
         while active:
             losses = self._update(active, optimizer)
             for run, loss in zip(active, losses, strict=True):
-                if not run.weight.add(loss):
-                    continue
-                run.check()
-                if run.result is not None and progress is not None:
-                    done += 1
-                    progress(done, len(runs), run.result)
+                run.weight.add(loss)
+            self._serve([run for run in active if self.preset.looks(run.weight.updates)])
             for run in active:
                 if run.result is None and run.weight.updates >= self.preset.updates:
                     run.end(passed=False)
-                    done += 1
-                    if progress is not None and run.result is not None:
-                        progress(done, len(runs), run.result)
+                if run.result is not None and progress is not None:
+                    told += 1
+                    progress(told, len(runs), run.result)
             active = [run for run in active if run.result is None]
         return [run.result for run in runs if run.result is not None]
 
@@ -335,17 +384,17 @@ class InvMM:
         drawn = [run.draw(b) for run in active]
         eps, t = torch.cat([e for e, _ in drawn]), torch.cat([u for _, u in drawn])
         x0 = torch.stack([run.x0 for run in active]).repeat_interleave(b, 0)
-        conds = [run.cond for run in active if run.cond is not None]
-        cond = Condition.cat(conds).select(torch.arange(len(active)).repeat_interleave(b)) if conds else None
         with torch.enable_grad():
+            conds = [c for run in active if (c := run.prompted(b)) is not None]
+            cond = Condition.cat(conds) if conds else None
             mu, s = (torch.stack([getattr(run, name) for run in active]) for name in ("mu", "s"))
             noise = mu.repeat_interleave(b, 0) + (s / 2).exp().repeat_interleave(b, 0) * eps
-            alpha, sigma = (precise(c).to(x0.device).view(-1, 1, 1, 1) for c in self.target.alpha_sigma(t))
-            wrong = (x0_of(self.target, alpha * x0 + sigma * noise, t, cond) - x0).square().flatten(1).mean(1)
+            guess, _ = split(self.target, noised(self.target, x0, t, noise), t, cond)
+            wrong = (guess - x0).square().flatten(1).mean(1)
             loss = wrong.unflatten(0, (len(active), b)).mean(1)
             weight = torch.tensor([run.weight.value for run in active], dtype=loss.dtype).to(loss.device)
             total = (loss + weight * divergence(mu, s)).sum()
-            leaves = [leaf for run in active for leaf in (run.mu, run.s)]
+            leaves = [leaf for run in active for leaf in run.leaves]
             for leaf, slope in zip(leaves, torch.autograd.grad(total, leaves), strict=True):
                 leaf.grad = slope
         optimizer.step()
@@ -355,6 +404,65 @@ class InvMM:
             run.backwards += b
         return loss.detach().tolist()
 
+    # Tests
+
+    def _serve(self, runs: list[_Run]) -> None:
+        """Carry out the tests of several pictures; trials that can be sampled together are."""
+        talks: list[tuple[_Run, _Talk, _Trial]] = []
+        for run in runs:
+            talk = run.check()
+            if (trial := next(talk, None)) is not None:
+                talks.append((run, talk, trial))
+        while talks:
+            kinds: dict[tuple[float | None, int], list[tuple[_Run, _Talk, _Trial]]] = {}
+            for row in talks:
+                kinds.setdefault((row[2].scale, row[2].steps), []).append(row)
+            talks = []
+            for same in kinds.values():
+                answers = self._similar([(run, trial) for run, _, trial in same])
+                for (run, talk, _), answer in zip(same, answers, strict=True):
+                    with suppress(StopIteration):
+                        talks.append((run, talk, talk.send(answer)))
+
+    def _similar(self, asked: list[tuple[_Run, _Trial]]) -> list[Tensor]:
+        """How similar to each picture is what its noises lead to; all at one guidance scale and length."""
+        trial = asked[0][1]
+        noise = torch.cat([t.noise for _, t in asked])
+        conds = [t.cond.expand(len(t.noise)) for _, t in asked if t.cond is not None]
+        cond = Condition.cat(conds) if conds else None
+        own = torch.cat([run.own.expand(len(t.noise), -1) for run, t in asked])
+        before, found = self.target.forwards, []
+        for rows in torch.arange(len(noise)).split(self.rows):
+            part = None if cond is None else cond.select(rows)
+            pictures = self.drawn(noise[rows.to(noise.device)], part, trial.scale, trial.steps)
+            found.append((self.descriptor(pictures) * own[rows.to(own.device)]).sum(1))
+        each = (self.target.forwards - before) // len(noise)
+        for run, t in asked:
+            run.forwards += each * len(t.noise)
+        return list(torch.cat(found).split([len(t.noise) for _, t in asked]))
+
+    @torch.no_grad()
+    def drawn(
+        self, noise: Latents, cond: Condition | None, scale: float | None, steps: int | None = None
+    ) -> Float[Tensor, "batch 3 rows columns"]:
+        """Pictures that noises lead to, sampled as tests do.
+
+        Args:
+            noise: Of q.
+            cond: A prompt for each; None: a model without text.
+            scale: Guidance scale; None: a model without text.
+            steps: Length of the sampler's schedule; default the preset's.
+        """
+        target, steps = self.target, steps or self.preset.steps
+        guided = scale is not None and scale > 1
+        options: dict[str, Any] = {"guidance": scale} if guided else {}
+        schedule: Any = getattr(target, "whole_schedule" if self.preset.whole else "schedule")
+        null = target.encode([""]) if guided else None
+        for step in denoise(target, noise, cond, null, plan=schedule(steps), **options):
+            last = step.x_next
+        assert last is not None
+        return target.decode(last)
+
 
 class _Run:
     """One picture on its way."""
@@ -362,6 +470,12 @@ class _Run:
     def __init__(self, method: InvMM, x0: Tensor, own: Tensor, cond: Condition | None, key: int):
         self.method, self.preset, self.x0, self.own, self.cond = method, method.preset, x0, own, cond
         self.mu, self.s = torch.zeros_like(x0).requires_grad_(), torch.zeros_like(x0).requires_grad_()
+        self.leaves = [self.mu, self.s]
+        self.logits: Tensor | None = None
+        if cond is None and method.target.has_text:
+            target: Any = method.target
+            self.logits = torch.zeros(target.mixture_shape, device=x0.device).requires_grad_()
+            self.leaves.append(self.logits)
         self.weight = Weight(method.preset)
         self._training = torch.Generator("cpu").manual_seed(mix(1, key))
         self._testing = torch.Generator("cpu").manual_seed(mix(2, key))
@@ -371,7 +485,6 @@ class _Run:
         self.forwards = self.backwards = 0
         self.best = -1.0
         self.curve: list[tuple[int, float, float, float, float]] = []
-        self.recent: list[float] = []
         self.result: Stored | None = None
 
     def draw(self, n: int) -> tuple[Tensor, Tensor]:
@@ -383,81 +496,104 @@ class _Run:
         target: Any = self.method.target
         return eps.to(self.x0), target.training_times(u).to(self.x0.device)
 
-    def check(self) -> None:
-        """Does noise from q lead to the picture by now?"""
-        mu, s = self.mu.detach(), self.s.detach()
-        eps = self._common if self.preset.sequential else self._fresh(self.preset.draws)
-        found = self._passes(mu, s, eps, self.scales)
-        loss = sum(self.weight._recent) / len(self.weight._recent)
-        self.curve.append(
-            (self.weight.updates, loss, self.weight.value, float(divergence(mu[None], s[None])[0]), self.best)
-        )
+    def prompted(self, n: int, generator: torch.Generator | None = None) -> Condition | None:
+        """The given prompt n times, or n draws of the learned one: softmax((A + Gumbel noise)/τ) mixes the tokens."""
+        if self.logits is None:
+            return None if self.cond is None else self.cond.expand(n)
+        u = torch.rand(n, *self.logits.shape, generator=generator or self._training).clamp(1e-20, 1 - 1e-7)
+        gumbel = -(-u.log()).log()
+        shares = ((self.logits + gumbel.to(self.logits)) / self.preset.tau).softmax(-1)
+        target: Any = self.method.target
+        return target.encode_mixture(shares)
+
+    # Does noise from q lead to the picture by now?
+
+    def check(self) -> _Talk:
+        """A test, and what follows from it."""
+        mu, s = self.mu.detach().clone(), self.s.detach().clone()
+        with torch.no_grad():
+            # One draw of the prompt for the whole test: what the noise found is worth, it is worth under this prompt.
+            cond = self.prompted(1, self._testing)
+        if self.preset.search:
+            found = yield from self._searched(mu, s, cond)
+        else:
+            eps = self._common if self.preset.sequential else self._fresh(self.preset.draws)
+            scale = yield from self._passes(mu, s, eps, cond, self.scales)
+            found = None if scale is None else (mu, s, scale[0])
+        recent = self.weight._recent
+        paid = float(divergence(mu[None], s[None])[0])
+        self.curve.append((self.weight.updates, sum(recent) / len(recent), self.weight.value, paid, self.best))
         if found is not None:
-            self._succeed(*found)
+            yield from self._succeed(*found, cond)
         elif self.preset.patience and self.weight.low and self.weight.stalled >= self.preset.patience:
             self.end(passed=False)
 
     def _fresh(self, n: int) -> Tensor:
         return torch.randn(n, *self.x0.shape, generator=self._testing).to(self.x0)
 
-    def _passes(self, mu: Tensor, s: Tensor, eps: Tensor, scales: Sequence[float | None]) -> tuple[float | None] | None:
+    def _passes(
+        self, mu: Tensor, s: Tensor, eps: Tensor, cond: Condition | None, scales: Sequence[float | None], *, steps: int | None = None,
+    ) -> Generator[_Trial, Tensor, tuple[float | None] | None]:  # fmt: skip
         """The first guidance scale at which all draws succeed, in a tuple; None: at none."""
+        noise, good = mu + (s / 2).exp() * eps, []
         for scale in scales:
             least = math.inf
             # One draw first: most tests of a picture that is not there yet end with it.
-            parts = [eps[:1], eps[1:]] if self.preset.sequential else [eps]
-            for part in parts:
-                least = min(least, float(self._similar(mu, s, part, scale).min()))
+            for part in noise.split([1, len(noise) - 1]) if self.preset.sequential and len(noise) > 1 else [noise]:
+                similar = yield _Trial(part, cond, scale, steps or self.preset.steps)
+                least = min(least, float(similar.min()))
                 if least < self.method.beta:
                     break
             self.best = max(self.best, least)
             if least >= self.method.beta:
-                if self.preset.sequential:  # the scale that passed is the likeliest to pass again
-                    self.scales = [scale, *(other for other in self.scales if other != scale)]
-                return (scale,)
+                good.append(scale)
+                if self.preset.sequential:
+                    break  # the authors' code tries every scale
+        if not good:
+            return None
+        if self.preset.sequential:  # the scale that passed is the likeliest to pass again
+            self.scales = [good[0], *(other for other in self.scales if other != good[0])]
+        return (good[0],)
+
+    def _searched(
+        self, mu: Tensor, s: Tensor, cond: Condition | None
+    ) -> Generator[_Trial, Tensor, tuple[Tensor, Tensor, float | None] | None]:
+        """The smallest share of (μ, s) of which noise still leads to the picture, and the guidance scale; None: not even all of it.
+
+        Found with the short sampler, then raised until the full one agrees.
+        """
+        short = self.preset.preview or self.preset.steps
+        scale = yield from self._passes(mu, s, self._common, cond, self.scales, steps=short)
+        if scale is None:
+            return None
+        eps = torch.randn(self.preset.search, *self.x0.shape, generator=_common(1)).to(self.x0)
+
+        def succeed(draws: list[int], level: int) -> Generator[_Trial, Tensor, list[bool]]:
+            share = SHARES[level]
+            noise = share * mu + (share * s / 2).exp() * eps[draws]
+            similar = yield _Trial(noise, cond, scale[0], short)
+            return (similar >= self.method.beta).tolist()
+
+        level = yield from _least(succeed, self.preset.search)
+        while level is not None:
+            share = SHARES[level]
+            if (yield from self._passes(share * mu, share * s, self._common, cond, scale)) is not None:
+                return share * mu, share * s, scale[0]
+            level = min(level + FINE // 4, len(SHARES) - 1) if level < len(SHARES) - 1 else None
         return None
 
-    def _similar(self, mu: Tensor, s: Tensor, eps: Tensor, scale: float | None) -> PerSample:
-        """Similarity of what noises of q lead to."""
-        target, n = self.method.target, len(eps)
-        before = target.forwards
-        noise = mu + (s / 2).exp() * eps
-        cond = None if self.cond is None else self.cond.expand(n)
-        null = target.encode([""]) if scale is not None and scale > 1 else None
-        options: dict[str, Any] = {} if null is None else {"guidance": float(scale or 1)}
-        for step in denoise(target, noise, cond, null, steps=self.preset.steps, **options):
-            last = step.x_next
-        assert last is not None
-        self.forwards += target.forwards - before
-        return self.method.descriptor(target.decode(last)) @ self.own
-
-    def _succeed(self, scale: float | None) -> None:
-        mu, s = self.mu.detach().clone(), self.s.detach().clone()
-        if self.preset.search:
-            mu, s = self._walked_back(mu, s, scale)
+    def _succeed(self, mu: Tensor, s: Tensor, scale: float | None, cond: Condition | None) -> _Talk:
         succeeded = None
         if self.preset.confirm:
-            similar = self._similar(mu, s, self._fresh(self.preset.confirm), scale)
+            noise = mu + (s / 2).exp() * self._fresh(self.preset.confirm)
+            similar = yield _Trial(noise, cond, scale, self.preset.steps)
             succeeded = int((similar >= self.method.beta).sum()), self.preset.confirm
-        self.end(passed=True, mu=mu, s=s, scale=scale, succeeded=succeeded)
-
-    def _walked_back(self, mu: Tensor, s: Tensor, scale: float | None, halvings: int = 6) -> tuple[Tensor, Tensor]:
-        """The smallest share a of (μ, s) of which noise still leads to the picture, by bisection."""
-        eps = torch.randn(self.preset.search, *self.x0.shape, generator=_common(1)).to(self.x0)
-        low, high = 0.0, 1.0
-        if self._passes(0 * mu, 0 * s, eps, [scale]) is not None:
-            return 0 * mu, 0 * s
-        for _ in range(halvings):
-            middle = (low + high) / 2
-            if self._passes(middle * mu, middle * s, eps, [scale]) is not None:
-                high = middle
-            else:
-                low = middle
-        return high * mu, high * s
+        learned = None if self.logits is None or cond is None else cond.tokens
+        self.end(passed=True, mu=mu, s=s, scale=scale, succeeded=succeeded, tokens=learned)
 
     def end(
         self, *, passed: bool, mu: Tensor | None = None, s: Tensor | None = None, scale: float | None = None,
-        succeeded: tuple[int, int] | None = None,
+        succeeded: tuple[int, int] | None = None, tokens: Tensor | None = None,
     ) -> None:  # fmt: skip
         """Write down what was found."""
         mu = self.mu.detach().clone() if mu is None else mu
@@ -468,9 +604,40 @@ class _Run:
         recent = self.weight._recent
         self.result = Stored(
             self.preset.name, passed, paid if passed else math.inf, nats if passed else math.inf, paid, self.best,
-            sum(recent) / max(len(recent), 1), scale, self.weight.updates, succeeded, rate,
-            None if rate is None else bound(nats, rate.low), self.forwards, self.backwards, self.curve, mu, s,
+            sum(recent) / max(len(recent), 1), self._prompt, scale, self.weight.updates, succeeded, rate,
+            None if rate is None else bound(nats, rate.low), self.forwards, self.backwards, self.curve, mu, s, tokens,
         )  # fmt: skip
+
+    @property
+    def _prompt(self) -> str:
+        if self.logits is not None:
+            return "learned"
+        return "none" if self.cond is None else "given"
+
+
+def _least(
+    succeed: Callable[[list[int], int], Generator[_Trial, Tensor, list[bool]]], n: int
+) -> Generator[_Trial, Tensor, int | None]:
+    """The lowest level of :data:`SHARES` at which all n draws succeed, if more never hurts; None: not all do at the highest.
+
+    One draw finds its own level; all others are tried there, and only those that fail go on: a few dozen draws in all, where
+    bisection with every draw takes n at each of its steps.
+    """
+    top, level, rest = len(SHARES) - 1, 0, [0]
+    others = list(range(1, n))
+    while rest:
+        passed = yield from succeed(rest, level)
+        rest = [draw for draw, good in zip(rest, passed, strict=True) if not good]
+        if rest:
+            low, high = level, top  # fails, and is hoped to succeed
+            while high - low > 1:
+                middle = (low + high) // 2
+                low, high = (low, middle) if all((yield from succeed(rest[:1], middle))) else (middle, high)
+            if high == top and not all((yield from succeed(rest[:1], top))):
+                return None
+            level, rest = high, rest[1:]
+        rest, others = rest + others, []
+    return level
 
 
 def _common(number: int) -> torch.Generator:

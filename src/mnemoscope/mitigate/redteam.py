@@ -21,28 +21,12 @@ from torch import Tensor
 
 from ..errors import CannotAudit, UsageError
 from ..models.base import Condition, Target, Trained
-from ..types import Latents, PerSample, precise
+from ..models.noising import denoising_loss
+from ..types import Latents, precise
 from .base import generator
 
 STEPS, LEARNING_RATE = 50, 0.1
 """Of the paper's attack."""
-
-
-def denoising_loss(target: Target, x0: Latents, t: Tensor, eps: Latents, cond: Condition) -> PerSample:
-    """Mean squared error of the prediction at x_t = α_t x₀ + σ_t ε, of each sample, in the target's space; differentiable in e.
-
-    Args:
-        target: The model.
-        x0: Clean latents, ``[batch, channel, height, width]``.
-        t: One time for each sample.
-        eps: The noise that is added.
-        cond: One encoded prompt for each sample.
-
-    Costs batch F.
-    """
-    alpha, sigma = (precise(c).to(x0.device).view(-1, 1, 1, 1) for c in target.alpha_sigma(t))
-    aim = eps if target.space == "eps" else eps - x0
-    return (target.predict(alpha * x0 + sigma * eps, t, cond) - aim).square().flatten(1).mean(1)
 
 
 def attack(

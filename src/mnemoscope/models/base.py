@@ -162,6 +162,24 @@ class Trained(Protocol):
         """The time at share u of its training times, 0 ≤ u < 1: uniform u, uniform over what training drew from."""
         ...
 
+    def whole_schedule(self, steps: int) -> Schedule:
+        """A fresh sampler run that begins at the last training time, whatever ``schedule`` leaves out."""
+        ...
+
+
+@runtime_checkable
+class SoftText(Protocol):
+    """A target that reads mixtures of tokens: prompts that nobody can type."""
+
+    @property
+    def mixture_shape(self) -> tuple[int, int]:
+        """How many tokens fit between start and end, and how many tokens there are to mix."""
+        ...
+
+    def encode_mixture(self, shares: Float[Tensor, "batch slot token"]) -> Condition:
+        """Encode prompts whose token embeddings are Σ share · embedding; differentiable in ``shares``."""
+        ...
+
 
 @runtime_checkable
 class Schedule(Protocol):

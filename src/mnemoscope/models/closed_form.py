@@ -318,11 +318,18 @@ class ClosedForm(ABC):
             t = torch.linspace(1, 0, steps + 1, dtype=self._exact, device=self.device)
             return ClosedFormSchedule(self, self.options.shift * t / (1 + (self.options.shift - 1) * t))
         if self.options.spacing == "trailing":
-            grid = np.round(np.arange(TRAIN_STEPS, 0, -TRAIN_STEPS / steps)).astype(int)[:steps] - 1
+            grid = _trailing(steps)
         else:
             stride = TRAIN_STEPS // steps
             grid = np.arange(steps)[::-1] * stride + min(1, stride - 1)
         return ClosedFormSchedule(self, torch.tensor([*grid.tolist(), CLEAN], device=self.device))
+
+    def whole_schedule(self, steps: int) -> ClosedFormSchedule:
+        """A run that begins at the last training time; in velocity space every run does."""
+        plan = self.schedule(steps)
+        if self.space == "velocity" or self.options.spacing == "trailing":
+            return plan
+        return ClosedFormSchedule(self, torch.tensor([*_trailing(steps).tolist(), CLEAN], device=self.device))
 
     def training_times(self, u: Float[Tensor, " batch"]) -> Tensor:
         """Timestep ⌊1000·u⌋ (eps), or one of 1000 shifted times (velocity)."""
@@ -541,6 +548,11 @@ class ClosedForm(ABC):
         if bool((std < 0).any()):
             raise UsageError(f"a spread of {float(std.min()):g} was given; spreads are 0 (memorized) or positive.")
         return std
+
+
+def _trailing(steps: int) -> np.ndarray:
+    """DDIM timesteps from the last training timestep on: 999, …"""
+    return np.round(np.arange(TRAIN_STEPS, 0, -TRAIN_STEPS / steps)).astype(int)[:steps] - 1
 
 
 def pictures_of(memorized: Sequence[str] | Mapping[str, Tensor], options: Options) -> dict[str, Tensor]:

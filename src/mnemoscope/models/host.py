@@ -283,6 +283,12 @@ class DiffusersTarget(ABC):
             )
         return DiffusersSchedule(self._scheduler, steps, self.device, self.dtype)
 
+    def whole_schedule(self, steps: int) -> DiffusersSchedule:
+        """A fresh sampler run of that many steps that begins at the last training timestep: T − 1, T − 1 − T/steps, …"""
+        self.schedule(steps)  # the same limits
+        whole = type(self._scheduler).from_config(self._scheduler.config, timestep_spacing="trailing")
+        return DiffusersSchedule(whole, steps, self.device, self.dtype)
+
     def training_times(self, u: Float[Tensor, " batch"]) -> Tensor:
         """Training timestep number ⌊u·T⌋."""
         return (u * self._diffusion.train_steps).long().clamp(0, self._diffusion.train_steps - 1)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..errors import CannotAudit, ModelFault
 from ..types import Latents, PerSample, Step
-from .base import Condition, Target
+from .base import Condition, Schedule, Target
 
 
 @runtime_checkable
@@ -48,6 +48,7 @@ def denoise(
     null: Condition | None = None,
     *,
     steps: int = 50,
+    plan: Schedule | None = None,
     guidance: float | GuidanceRule | None = None,
     first_null: Float[Tensor, "rows channel height width"] | None = None,
     first_cond: Float[Tensor, "rows channel height width"] | None = None,
@@ -62,6 +63,7 @@ def denoise(
         null: The encoded empty prompt, one row (expanded here). Without it no second prediction is made and ``cond`` alone
             drives.
         steps: Length of the sampler's schedule.
+        plan: A sampler run to use instead of ``target.schedule(steps)``; it must be fresh.
         guidance: ε̂ = ε_∅ + g·(ε_c − ε_∅); default is the target's own. A :class:`GuidanceRule` chooses g at each step, around the
             target's own scale.
         first_null: Raw null predictions at the first step, one per sample, from :func:`null_output`; saves batch forwards.
@@ -95,7 +97,8 @@ def denoise(
         raise CannotAudit(
             "A rule for the guidance scale needs a prompt and the null condition: there is nothing to guide."
         )
-    return _steps(target, noise, cond, None if cond is None else null, steps, g, rule, first_null, first_cond, check)
+    plan = target.schedule(steps) if plan is None else plan
+    return _steps(target, noise, cond, None if cond is None else null, plan, g, rule, first_null, first_cond, check)
 
 
 def _steps(
@@ -103,14 +106,13 @@ def _steps(
     noise: Latents,
     cond: Condition | None,
     null: Condition | None,
-    steps: int,
+    plan: Schedule,
     g: float,
     rule: GuidanceRule | None,
     first_null: Latents | None,
     first_cond: Latents | None,
     check: bool,
 ) -> Iterator[Step]:
-    plan = target.schedule(steps)
     pair = None  # made when a step needs it: detection at the first step may not
     empty = None if cond is None or null is None else cond.same_as(null)
     sizes: list[PerSample] = []

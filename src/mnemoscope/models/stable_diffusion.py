@@ -7,12 +7,14 @@ of the empty string (Wen et al. 2024, section 3).
 from __future__ import annotations
 
 import itertools
+import threading
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from ..errors import CannotAudit, UsageError
@@ -124,6 +126,9 @@ class StableDiffusion(DiffusersTarget):
 
     @torch.no_grad()
     def _embed(self, ids: Tensor) -> Tensor:
+        return self._embedded(ids)
+
+    def _embedded(self, ids: Tensor) -> Tensor:
         """The text encoder's last hidden state, ``[batch, token, dim]``."""
         mask = None
         if getattr(self.text_encoder.config, "use_attention_mask", False):
@@ -163,6 +168,27 @@ class StableDiffusion(DiffusersTarget):
         after = ends.cumsum(1) - ends.long() > 0
         ids = torch.where(after, number, ids)
         return Condition(torch.cat([self._embed(part) for part in ids.split(TEXT_BATCH)]))
+
+    @property
+    def mixture_shape(self) -> tuple[int, int]:
+        """Tokens between start and end, and rows of the table of token embeddings."""
+        return self._room, len(self.text_encoder.get_input_embeddings().weight)
+
+    def encode_mixture(self, shares: Float[Tensor, "batch slot token"]) -> Condition:
+        """Encode mixtures of tokens in every place between start and the last; differentiable in ``shares``."""
+        table = self.text_encoder.get_input_embeddings()
+        mixed, here = shares.to(table.weight) @ table.weight, threading.get_ident()
+
+        def mix(_: Any, __: Any, embedded: Tensor) -> Tensor | None:
+            if threading.get_ident() != here:  # another thread encodes with the same encoder
+                return None
+            return torch.cat([embedded[:, :1], mixed, embedded[:, 1 + mixed.shape[1] :]], dim=1)
+
+        handle = table.register_forward_hook(mix)
+        try:
+            return Condition(self._embedded(self._null_ids.expand(len(shares), -1)))
+        finally:
+            handle.remove()
 
     @property
     def _null_ids(self) -> Tensor:

@@ -23,6 +23,7 @@ from ..stats import Interval, Roc
 from . import plots
 from .archive import sha256_file
 from .findings import Finding
+from .measured import Beside, beside
 from .pictures import Picture, Pictures
 from .regions import read_regions
 from .summary import Group, Summary, read_summary
@@ -148,6 +149,7 @@ class View:
     shown: list[Shown]
     figures: dict[str, Markup]
     bars: dict[str, Markup]
+    measured: Beside | None = None
 
 
 def _view(
@@ -164,7 +166,8 @@ def _view(
         for kind, share in (("above", g.above), ("copies", g.copies), ("templates", g.templates))
         if share is not None
     }
-    return View(f"run{index + 1}", summary, facts, chosen, _figures(summary), bars)
+    measured = beside(folder, summary.findings, facts["axis"])
+    return View(f"run{index + 1}", summary, facts, chosen, _figures(summary), bars, measured)
 
 
 def _worth_showing(summary: Summary, count: int) -> list[Finding]:
@@ -197,10 +200,10 @@ def _facts(folder: Path, detector: str | None) -> dict[str, Any]:
         "model": run.model,
         "axis": f"score ({summary.detector}{', ' + summary.space + '-space' if summary.space else ''})",
         "hashes": {p.name: sha256_file(p) for p in _evidence_files(folder)},
-        "target": _flat(run.target),
+        "target": flat(run.target),
         "config": json.dumps(run.config, indent=2, ensure_ascii=False, sort_keys=True, default=str),
-        "machine": _flat(run.machine),
-        "git": _git(run.git),
+        "machine": flat(run.machine),
+        "git": git_words(run.git),
         "took": _duration(run.started, run.ended),
     }
 
@@ -210,12 +213,12 @@ def _evidence_files(folder: Path) -> list[Path]:
     return sorted(folder.glob("samples*.jsonl")) + [p for p in named if p.exists()]
 
 
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
     """Nested settings as ``outer.inner`` → words."""
     out: dict[str, str] = {}
     for key, value in values.items():
         if isinstance(value, Mapping) and value:
-            out |= _flat(value, f"{prefix}{key}.")
+            out |= flat(value, f"{prefix}{key}.")
         else:
             out[f"{prefix}{key}"] = (
                 value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
@@ -223,7 +226,7 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
     return out
 
 
-def _git(found: Mapping[str, Any] | None) -> str:
+def git_words(found: Mapping[str, Any] | None) -> str:
     """``3f2a… with uncommitted changes``, or nothing where the command ran in no checkout."""
     if not found:
         return ""

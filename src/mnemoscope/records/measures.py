@@ -1,0 +1,265 @@
+"""A folder of measured pictures, as ``mnemoscope measure`` leaves it, read without torch.
+
+    measure.json                 what was asked: model, preset, descriptor, command, ids
+    pictures/<id>.json           the result for one picture; there as soon as it is finished
+    pictures/<id>.safetensors    the noise that was found
+    pictures/<id>-target.webp    the picture as the model was given it
+    pictures/<id>-draw-k.webp    what noise number k of those found leads to
+
+A result names its preset, and scores of different presets or models are never put on one axis: whoever asks for levels to compare with
+(scores of pictures of which the dose is known) gets them only where they were measured under the same setting.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeAlias
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from .schema import FORMAT
+from .store import differences, read_document
+
+__all__ = [
+    "DRAWS",
+    "NAME",
+    "Entry",
+    "Levels",
+    "Measures",
+    "Request",
+    "Result",
+    "draw_file",
+    "is_measures",
+    "read_request",
+    "target_file",
+]
+
+NAME = "measure.json"
+"""The file that makes a folder one of measured pictures."""
+
+DRAWS = 4
+"""Pictures that are kept of what the noise found leads to."""
+
+Status: TypeAlias = Literal["reproduced", "censored", "screened out"]
+"""``censored``: not reached within the budget. ``screened out``: not tried, because cheap measures spoke against it."""
+
+CheckPoint: TypeAlias = tuple[int, float, float, float, float]
+"""Update, mean loss, λ, KL per dimension, largest smallest similarity so far."""
+
+
+Id: TypeAlias = Annotated[str, Field(pattern=r"^[0-9a-f]{1,64}$")]
+"""Names files, so it must not lead anywhere else."""
+
+
+def target_file(name: str) -> str:
+    """The measured picture, inside the folder."""
+    return f"pictures/{name}-target.webp"
+
+
+def draw_file(name: str, number: int) -> str:
+    """What the noise found leads to, inside the folder."""
+    return f"pictures/{name}-draw-{number}.webp"
+
+
+def is_measures(folder: str | Path) -> bool:
+    """Whether a folder holds measured pictures, and no audit."""
+    return (Path(folder) / NAME).is_file() and not (Path(folder) / "run.json").is_file()
+
+
+class _Stored(BaseModel):
+    """Later versions may write more; what is needed here must be finite."""
+
+    model_config = ConfigDict(extra="ignore", allow_inf_nan=False, frozen=True)
+
+
+class Result(_Stored):
+    """Numbers of :class:`mnemoscope.measure.invmm.Stored`, whose attributes say what they are; None where there is none."""
+
+    preset: str = ""
+    passed: bool = False
+    score: float | None = None
+    nats: float | None = None
+    paid: float | None = None
+    similarity: float | None = None
+    prompt: str | None = None
+    scale: float | None = None
+    update: int = 0
+    succeeded: tuple[int, int] | None = None
+    rate: tuple[float, float, float] | None = None
+    at_least: float | None = None
+    forwards: int = 0
+    backwards: int = 0
+    curve: list[CheckPoint] = Field(default_factory=list)
+
+
+class Entry(_Stored):
+    """One picture: where it was, its caption, what was found, and companion measures by their name."""
+
+    id: Id
+    image: str
+    caption: str | None = None
+    result: Result | None = None
+    companions: dict[str, float | None] = Field(default_factory=dict)
+    screen: dict[str, Any] | None = None
+    """What left the picture out: a cheap measure's ``name`` and options, and the share that it kept."""
+    status_: str | None = Field(None, alias="status")
+
+    @property
+    def status(self) -> Status:
+        """What became of it."""
+        if self.result is None or self.status_ == "screened out":
+            return "screened out"
+        return "reproduced" if self.result.passed else "censored"
+
+    @property
+    def numbers(self) -> Result:
+        """The result; an empty one for a picture that was screened out."""
+        return self.result if self.result is not None and self.status != "screened out" else Result()
+
+    @property
+    def key(self) -> tuple[int, float, str]:
+        """Sorts the most strongly stored first, then what was not reached, by what had been paid, then what was not tried."""
+        value = self.numbers.score if self.status == "reproduced" else self.numbers.paid
+        return (
+            ("reproduced", "censored", "screened out").index(self.status),
+            math.inf if value is None else value,
+            self.image,
+        )
+
+
+class Request(_Stored):
+    """``measure.json``: the setting that every score depends on, and how it was asked for."""
+
+    format: int = FORMAT
+    target: dict[str, Any]
+    preset: dict[str, Any]
+    descriptor: dict[str, Any]
+    beta: float
+    asked: list[Id] | None = None
+    """Ids of the pictures, in the order they were asked for; None: those of the folder that name the preset."""
+    under: str | None = None
+    """Stands for the whole setting: pictures asked for under another one are not of this request."""
+    levels: dict[int, list[float | None]] | str | None = None
+    """Scores by dose (copies in training), measured under this very setting, None where a picture was not reached; or the file,
+    relative to the folder, that holds them beside their own setting."""
+    guidance: float | None = None
+    """Guidance scale of the draws that are shown of pictures that no scale reached."""
+    command: str = ""
+    versions: dict[str, str] = Field(default_factory=dict)
+    machine: dict[str, Any] = Field(default_factory=dict)
+    git: dict[str, Any] | None = None
+    started: str = ""
+
+    @property
+    def model(self) -> str:
+        """What to call the model in sentences."""
+        return str(self.target.get("name") or "the model")
+
+    @property
+    def fingerprint(self) -> str | None:
+        """The weights and all that matters about the model, as 16 digits; None: it has none."""
+        found = self.target.get("fingerprint")
+        return None if found is None else str(found)
+
+    def setting(self) -> dict[str, Any]:
+        """What two measurements must share for their scores to compare."""
+        model = self.fingerprint or self.target
+        return {"model": model, "preset": self.preset, "descriptor": self.descriptor, "beta": self.beta}
+
+
+@dataclass(frozen=True)
+class Levels:
+    """Scores of pictures of known dose, or why there are none.
+
+    Attributes:
+        scores: By copies in training, most first; None where a picture was not reached.
+        why: One sentence; empty where there are scores.
+    """
+
+    scores: dict[int, list[float | None]]
+    why: str = ""
+
+
+@dataclass(frozen=True)
+class Measures:
+    """All that a folder holds.
+
+    Attributes:
+        folder: Where it is.
+        request: What was asked.
+        entries: Finished pictures, the most strongly stored first.
+        waiting: Pictures that were asked for and are not finished.
+    """
+
+    folder: Path
+    request: Request
+    entries: list[Entry]
+    waiting: int
+
+    @classmethod
+    def read(cls, folder: str | Path) -> Measures:
+        """Read a folder.
+
+        Raises:
+            RunError: it holds no measured pictures, or a file of it is damaged (named).
+        """
+        folder = Path(folder)
+        request = read_request(folder)
+        if request.asked is None:
+            every = (_entry(file) for file in sorted((folder / "pictures").glob("*.json")))
+            found = [e for e in every if e.result is None or e.result.preset == request.preset.get("name")]
+            return cls(folder, request, sorted(found, key=lambda e: e.key), 0)
+        files = [folder / "pictures" / f"{name}.json" for name in request.asked]
+        found = [_entry(file) for file in files if file.is_file()]
+        return cls(folder, request, sorted(found, key=lambda e: e.key), len(files) - len(found))
+
+    def count(self, status: Status) -> int:
+        """How many pictures became that."""
+        return sum(e.status == status for e in self.entries)
+
+    def levels(self, file: str | Path | None = None) -> Levels:
+        """Scores of pictures of known dose, measured under the same setting.
+
+        Args:
+            file: What ``measure.json`` would hold for them: their setting, and ``levels``. Default: what this folder names.
+
+        Raises:
+            RunError: the file is missing or damaged.
+        """
+        named = self.request.levels if file is None else str(Path(file).absolute())
+        if named is None:
+            return Levels({}, "No pictures of known dose were measured with this model and preset, so it is open where these scores lie "
+                              "among those of pictures that were trained on often, once or never.")  # fmt: skip
+        if isinstance(named, dict):
+            return Levels(_descending(named))
+        path = self.folder / named
+        other = _request(path, f"{path}, which holds scores of known dose, is missing; restore it, or leave it out.")
+        if apart := differences(other.setting(), self.request.setting()):
+            return Levels({}, f"Scores of known dose were given, and they do not compare: they were measured under another setting "
+                              f"({apart[0]}).")  # fmt: skip
+        if not isinstance(other.levels, dict):
+            return Levels({}, f"{path.name} holds no levels, so there is nothing to compare these scores with.")
+        return Levels(_descending(other.levels))
+
+
+def read_request(folder: str | Path) -> Request:
+    """What a folder of measured pictures was asked for; errors as :meth:`Measures.read`."""
+    missing = f"{folder} holds no {NAME}; give the folder that `mnemoscope measure` wrote."
+    return _request(Path(folder) / NAME, missing)
+
+
+def _request(path: Path, missing: str) -> Request:
+    cure = "delete it, and repeat the command"
+    return read_document(path, Request, FORMAT, missing, "no record of measured pictures", cure)
+
+
+def _entry(path: Path) -> Entry:
+    gone = f"{path} is missing; the same `mnemoscope measure` measures this picture again."
+    cure = "delete it, and the same `mnemoscope measure` measures this picture again"
+    return read_document(path, Entry, FORMAT, gone, "no result of a picture", cure)
+
+
+def _descending(levels: dict[int, list[float | None]]) -> dict[int, list[float | None]]:
+    return {copies: levels[copies] for copies in sorted(levels, reverse=True)}
