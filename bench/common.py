@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import platform
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -15,20 +14,14 @@ from PIL import Image
 from torch import Tensor
 
 from mnemoscope import Run, Target, denoise
+from mnemoscope.lab.pages import machine, table
 from mnemoscope.records.schema import Row
 from mnemoscope.similarity.reference import ReferenceSet
 
+__all__ = ["DOCS", "NULL_SAMPLES", "generated", "machine", "markdown_table", "null_copies", "sample", "write_block"]
+
+markdown_table = table
 DOCS = Path(__file__).parent.parent / "docs"
-
-
-def machine() -> str:
-    """The machine a figure was measured on, in words."""
-    gpu = (
-        torch.cuda.get_device_name()
-        if torch.cuda.is_available()
-        else f"{torch.get_num_threads()} CPU threads ({platform.machine()})"
-    )
-    return f"{gpu}, torch {torch.__version__.split('+')[0]}, Python {platform.python_version()}"
 
 
 def sample(target: Target, noise: Tensor, prompts: list[str] | None = None, steps: int = 50) -> Tensor:
@@ -76,8 +69,3 @@ def write_block(document: Path, name: str, text: str, facts: Any = None) -> None
         (DOCS / "measured").mkdir(exist_ok=True)
         (DOCS / "measured" / f"{name}.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
     print(f"{document}: {name} updated")
-
-
-def markdown_table(columns: list[str], rows: list[list[str]]) -> str:
-    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
-    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])

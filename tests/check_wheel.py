@@ -20,6 +20,7 @@ assert str(home).startswith(sys.argv[1]), f"imported from {home}"
 assert World().reference.threshold, "the bundled world is not in the wheel"
 names = {e.name for e in importlib.metadata.entry_points(group="mnemoscope.detectors")}
 assert "magnitude" in names, names
+assert mnemoscope.load("demo-unconditional").has_text is False
 print("wheel works:", mnemoscope.__version__, World())
 """
 

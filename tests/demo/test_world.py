@@ -6,10 +6,12 @@ from collections import Counter
 import pytest
 import torch
 
+from mnemoscope import load
 from mnemoscope.audit.controls import text_baseline
 from mnemoscope.demo.run import group_name, mix
 from mnemoscope.demo.world import COPY_FMR, World
 from mnemoscope.errors import UnknownName, UsageError
+from mnemoscope.models.noising import denoising_loss
 
 
 @pytest.fixture(scope="module")
@@ -185,3 +187,15 @@ def test_ordinary_words_are_words_of_ordinary_captions(world):
     said = " ".join(r.caption for r in world.of("ordinary"))
     assert len(world.ordinary_words) > 500
     assert all(w.islower() and w in said for w in world.ordinary_words)
+
+
+def test_the_model_without_text_holds_what_it_was_shown_most():
+    """Its error on the pictures of each level, at a noise through which a layout can just be seen."""
+    world, target = World("unconditional"), load("demo-unconditional")
+    errors = {}
+    for level in world.levels:
+        x0 = target.encode_images(world.pictures([r.picture for r in world.of("planted", copies=level)]))
+        eps, t = target.noise([0]).expand_as(x0), torch.full((len(x0),), 600)
+        errors[level] = float(denoising_loss(target, x0, t, eps, None).mean())
+    assert errors[320] < 0.6 * errors[1]
+    assert errors[320] < errors[80] < errors[1]

@@ -279,6 +279,15 @@ def test_progress_and_words():
     assert [row[0] for row in found.curve] == [16]
 
 
+def test_the_course_is_told_at_each_test():
+    world, told = memorizer(4), []
+    image = world.decode(world.points[:2].float())
+    InvMM(world, Whole(), small("improved", updates=60), beta=1.5)(image, watch=told.append)
+    assert [(c.update, c.pictures) for c in told] == [(16, 2), (25, 2), (50, 2)]
+    assert told[-1].loss > 0
+    assert 0.9 < told[-1].similarity < 1.5
+
+
 def test_refuses():
     world = memorizer(2)
     images = world.decode(world.points.float())

@@ -13,7 +13,7 @@ from typing import Any
 from safetensors.torch import save as save_tensors
 
 from ..measure.base import Measure, spec_of
-from ..measure.invmm import InvMM, Stored
+from ..measure.invmm import Course, InvMM, Stored
 from ..records.store import digest, write_whole
 from .companions import Screen, Values, compared, require_no_captions
 from .pictures import Picture, opened, picture_lines, pictures_in, size_of
@@ -58,6 +58,7 @@ def measured(
     method: InvMM, pictures: Sequence[Picture], out: str | Path, *, batch_size: int = 8,
     progress: Callable[[int, int, Measured], object] | None = None, command: str = "", companions: Sequence[Measure] = (),
     screen: Screen | None = None, compare: Callable[[str, int, int], object] | None = None,
+    watch: Callable[[Course], object] | None = None,
 ) -> list[Measured]:  # fmt: skip
     """Measure what has not been measured yet, in the order given; results of all.
 
@@ -73,6 +74,7 @@ def measured(
         screen: Measure only what a cheap measure finds most suspicious. What was measured before stays measured, and what was
             screened out before is measured once a screen lets it through, or there is none.
         compare: Told how the cheap measures get on; see :func:`~mnemoscope.audit.companions.compared`.
+        watch: Told how the pictures of a batch get on.
 
     Raises:
         CannotAudit: captions are given to a model without text, or it lacks what a companion needs.
@@ -99,7 +101,7 @@ def measured(
         images = opened([p.file for p in some], size_of(method.target))
         captions = None if some[0].caption is None else [p.caption or "" for p in some]
         # Draws come from the content, so that a picture's result does not depend on its place.
-        found = method(images, prompts=captions, keys=[int(ids[i][:12], 16) for i in rows])
+        found = method(images, prompts=captions, keys=[int(ids[i][:12], 16) for i in rows], watch=watch)
         keep_pictures(method, images, captions, found, out, [ids[i] for i in rows])
         for i, result in zip(rows, found, strict=True):
             kept = _keep(folder, ids[i], pictures[i], result, _joined(before[i], values[i]))

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from ..audit.companions import Screen, Values
     from ..audit.measures import Measured, Picture
     from ..measure.base import Measure
+    from ..measure.invmm import Course
 
 SHARE = 0.3
 """What a screen keeps."""
@@ -115,10 +116,10 @@ def measure(
         raise UsageError(
             "--screen-share is a share of what a cheap measure ranks; name it, for instance --screen flipd."
         )
-    if beta is None and not only and (model != "demo" or descriptor != "fingerprint"):
+    if beta is None and not only and (model not in WORLDS or descriptor != "fingerprint"):
         raise UsageError(
-            f"--beta says from which similarity by {descriptor} on a draw is the picture, for instance 0.85; only the bundled model "
-            f"has a calibrated one for the fingerprint."
+            f"--beta says from which similarity by {descriptor} on a draw is the picture, for instance 0.85; only the bundled models "
+            f"have a calibrated one for the fingerprint."
         )
     tried = _scales(scales)
     screen.say(f"Loading {model} …")
@@ -127,6 +128,7 @@ def measure(
     from ..measure.base import build as measure_of
     from ..measure.invmm import InvMM, varied
     from ..models.load import load
+    from ..records.measures import keep_levels
     from ..report.measured_page import write_report
     from ..similarity.base import build
 
@@ -148,18 +150,31 @@ def measure(
     if beta is None:
         from ..demo.world import World
 
-        beta = World().reference.threshold
+        beta = World(WORLDS[model]).reference.threshold
     chosen = varied(target, preset, updates=updates, steps=steps, scales=tried)
     method = InvMM(target, build(descriptor), chosen, beta=beta)
     screen.say(f"{len(pictures)} pictures, preset {chosen.name}, at most {chosen.updates} updates each; kept in {out}")
     with screen.stoppable():
         found = measured(
             method, pictures, out, batch_size=batch_size, progress=_told, command=screen.command(), companions=cheap,
-            screen=chosen_by, compare=_compared,
+            screen=chosen_by, compare=_compared, watch=_watched,
         )  # fmt: skip
+    if model in WORLDS and (known := levels_of(model)).exists():
+        keep_levels(out, known)
     page = write_report(out)
     _show(found, cheap, chosen_by, chosen.name, as_json=as_json)
     screen.say(f"Report: {page}")
+
+
+WORLDS = {"demo": "text-to-image", "demo-unconditional": "unconditional"}
+"""Bundled models, whose pictures' doses are known."""
+
+
+def levels_of(model: str) -> Path:
+    """Scores of a bundled model's own pictures, by dose; the file need not exist."""
+    from ..demo.world import ASSETS
+
+    return ASSETS / f"levels-{model}.json"
 
 
 def _names(given: Sequence[str] | None) -> list[str]:
@@ -241,6 +256,13 @@ def _scales(text: str | None) -> tuple[float, ...] | None:
     if not found or min(found) < 1:
         raise UsageError(f"--scales {text!r}: write guidance scales of 1 or more, for instance 1,3,7.")
     return found
+
+
+def _watched(course: Course) -> None:
+    screen.say(
+        f"  update {course.update}: {course.pictures} on their way, loss {course.loss:.4f}, λ {course.weight:.3g}, nearest "
+        f"{course.similarity:.2f}"
+    )
 
 
 def _told(done: int, asked: int, m: Measured) -> None:

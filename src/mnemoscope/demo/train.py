@@ -416,7 +416,7 @@ def export_text_to_image(pipe: StableDiffusionPipeline, folder: Path) -> None:
     (folder / "mnemoscope.json").write_text(json.dumps({"guidance": GUIDANCE}) + "\n", encoding="utf-8")
 
 
-def train_unconditional(world: Path, steps: int = 7000, n: int = 64) -> None:
+def train_unconditional(world: Path, steps: int = 6000, n: int = 64) -> None:
     """Latent diffusion without text, in the latents of the same autoencoder; bfloat16 as in :func:`train_text_to_image`.
 
     Every thousandth step's averaged weights are kept in ``checkpoints/``, for what is measured against training time.

@@ -50,6 +50,7 @@ from ..types import Latents, PerSample, precise
 
 __all__ = [
     "FAMILIES",
+    "Course",
     "InvMM",
     "Preset",
     "Stored",
@@ -193,7 +194,7 @@ class Weight:
         if self.updates % self.preset.every or self.updates < 2:
             self.value += self.preset.increment
             return False
-        now = sum(self._recent) / len(self._recent)
+        now = self.mean
         if self._before - now < self.preset.progress:
             self.value /= 2
             self.stalled += 1
@@ -202,6 +203,11 @@ class Weight:
             self.stalled = 0
         self._before = now
         return True
+
+    @property
+    def mean(self) -> float:
+        """Of the last losses."""
+        return sum(self._recent) / max(len(self._recent), 1)
 
     @property
     def low(self) -> bool:
@@ -288,6 +294,25 @@ class Stored:
 
 
 @dataclass(frozen=True)
+class Course:
+    """How pictures that are still on their way get on.
+
+    Attributes:
+        update: Updates so far.
+        pictures: How many they are.
+        loss: Median of their mean losses.
+        weight: Median λ.
+        similarity: The best that any of them has come to.
+    """
+
+    update: int
+    pictures: int
+    loss: float
+    weight: float
+    similarity: float
+
+
+@dataclass(frozen=True)
 class _Trial:
     """Noises of which a picture wants to know where they lead."""
 
@@ -333,7 +358,7 @@ class InvMM:
 
     def __call__(
         self, images: Float[Tensor, "batch 3 rows columns"], *, prompts: Sequence[str] | None = None, keys: Sequence[int] | None = None,
-        progress: Callable[[int, int, Stored], object] | None = None,
+        progress: Callable[[int, int, Stored], object] | None = None, watch: Callable[[Course], object] | None = None,
     ) -> list[Stored]:  # fmt: skip
         """Measure pictures.
 
@@ -342,6 +367,7 @@ class InvMM:
             prompts: Captions, for a model with text; ``""`` is the empty prompt. Default: prompts are learned.
             keys: One number per picture, from which all its draws come; default 0, 1, ….
             progress: Told of each picture that is done: how many are, of how many, and its result.
+            watch: Told after each test how the pictures that are still on their way get on.
         """
         n = len(images)
         keys = list(range(n)) if keys is None else list(keys)
@@ -359,9 +385,12 @@ class InvMM:
             _Run(self, x0[i], own[i], None if cond is None else cond.select(torch.tensor([i])), keys[i])
             for i in range(n)
         ]
-        return self._all(runs, progress)
+        return self._all(runs, progress, watch)
 
-    def _all(self, runs: list[_Run], progress: Callable[[int, int, Stored], object] | None) -> list[Stored]:
+    def _all(
+        self, runs: list[_Run], progress: Callable[[int, int, Stored], object] | None = None,
+        watch: Callable[[Course], object] | None = None,
+    ) -> list[Stored]:  # fmt: skip
         active, told = list(runs), 0
         optimizer = torch.optim.Adam([leaf for run in runs for leaf in run.leaves], lr=self.preset.lr)
         while active:
@@ -375,7 +404,13 @@ class InvMM:
                 if run.result is not None and progress is not None:
                     told += 1
                     progress(told, len(runs), run.result)
+            tested = active and self.preset.looks(active[0].weight.updates)
             active = [run for run in active if run.result is None]
+            if watch is not None and tested and active:
+                loss, weight = (
+                    sorted(column)[len(active) // 2] for column in zip(*(r.course for r in active), strict=True)
+                )
+                watch(Course(active[0].weight.updates, len(active), loss, weight, max(r.best for r in active)))
         return [run.result for run in runs if run.result is not None]
 
     def _update(self, active: list[_Run], optimizer: torch.optim.Optimizer) -> list[float]:
@@ -520,13 +555,17 @@ class _Run:
             eps = self._common if self.preset.sequential else self._fresh(self.preset.draws)
             scale = yield from self._passes(mu, s, eps, cond, self.scales)
             found = None if scale is None else (mu, s, scale[0])
-        recent = self.weight._recent
         paid = float(divergence(mu[None], s[None])[0])
-        self.curve.append((self.weight.updates, sum(recent) / len(recent), self.weight.value, paid, self.best))
+        self.curve.append((self.weight.updates, *self.course, paid, self.best))
         if found is not None:
             yield from self._succeed(*found, cond)
         elif self.preset.patience and self.weight.low and self.weight.stalled >= self.preset.patience:
             self.end(passed=False)
+
+    @property
+    def course(self) -> tuple[float, float]:
+        """Mean loss and λ."""
+        return self.weight.mean, self.weight.value
 
     def _fresh(self, n: int) -> Tensor:
         return torch.randn(n, *self.x0.shape, generator=self._testing).to(self.x0)
@@ -601,10 +640,9 @@ class _Run:
         paid = float(divergence(mu[None], s[None])[0])
         rate = None if succeeded is None else stats.clopper_pearson(*succeeded)
         nats = paid * mu.numel()
-        recent = self.weight._recent
         self.result = Stored(
             self.preset.name, passed, paid if passed else math.inf, nats if passed else math.inf, paid, self.best,
-            sum(recent) / max(len(recent), 1), self._prompt, scale, self.weight.updates, succeeded, rate,
+            self.weight.mean, self._prompt, scale, self.weight.updates, succeeded, rate,
             None if rate is None else bound(nats, rate.low), self.forwards, self.backwards, self.curve, mu, s, tokens,
         )  # fmt: skip
 

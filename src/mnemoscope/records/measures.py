@@ -12,6 +12,7 @@ A result names its preset, and scores of different presets or models are never p
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ from typing import Annotated, Any, Literal, TypeAlias
 from pydantic import BaseModel, ConfigDict, Field
 
 from .schema import FORMAT
-from .store import differences, read_document
+from .store import differences, read_document, write_whole
 
 __all__ = [
     "DRAWS",
@@ -32,6 +33,7 @@ __all__ = [
     "Result",
     "draw_file",
     "is_measures",
+    "keep_levels",
     "read_request",
     "target_file",
 ]
@@ -242,6 +244,19 @@ class Measures:
         if not isinstance(other.levels, dict):
             return Levels({}, f"{path.name} holds no levels, so there is nothing to compare these scores with.")
         return Levels(_descending(other.levels))
+
+
+def keep_levels(folder: str | Path, file: str | Path) -> None:
+    """Write the scores of known dose of ``file`` into a folder's ``measure.json``, if they were measured under its setting.
+
+    Raises:
+        RunError: one of the files is missing or damaged.
+    """
+    found = Measures.read(folder).levels(file)
+    if found.scores:
+        path = Path(folder) / NAME
+        facts = json.loads(path.read_text(encoding="utf-8")) | {"levels": found.scores}
+        write_whole(path, (json.dumps(facts, indent=1) + "\n").encode())
 
 
 def read_request(folder: str | Path) -> Request:

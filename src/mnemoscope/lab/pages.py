@@ -1,0 +1,72 @@
+"""Putting what a study found into its page: a measured block, a plot and the numbers themselves."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import UsageError
+from ..records.store import write_whole
+
+__all__ = ["Finding", "machine", "table", "write"]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What a study found.
+
+    Attributes:
+        name: Of the block, the numbers and the plot.
+        page: File name of its page, which holds ``<!-- name -->`` and ``<!-- /name -->``.
+        text: Markdown of the block.
+        facts: The numbers, plain values.
+        plot: An SVG drawing that stands alone; empty: none.
+    """
+
+    name: str
+    page: str
+    text: str
+    facts: dict[str, Any] = field(default_factory=dict)
+    plot: str = ""
+
+
+def machine() -> str:
+    """The machine a figure was measured on, in words."""
+    gpu = (
+        torch.cuda.get_device_name()
+        if torch.cuda.is_available()
+        else f"{torch.get_num_threads()} CPU threads ({platform.machine()})"
+    )
+    return f"{gpu}, torch {torch.__version__.split('+')[0]}, Python {platform.python_version()}"
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table."""
+    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
+
+
+def write(folder: Path, finding: Finding) -> None:
+    """Replace the study's block of its page; its numbers and plot go beside the page.
+
+    Raises:
+        UsageError: the page, or its block, is missing.
+    """
+    page, begin, end = folder / finding.page, f"<!-- {finding.name} -->", f"<!-- /{finding.name} -->"
+    text = page.read_text(encoding="utf-8") if page.exists() else ""
+    head, _, rest = text.partition(begin)
+    _, found, tail = rest.partition(end)
+    if not found:
+        raise UsageError(f"{page} has no block {begin} … {end}; write one where the figures are to stand.")
+    body = finding.text.strip()
+    if finding.plot:
+        write_whole(folder / f"{finding.name}.svg", finding.plot.encode())
+        body += f"\n\n![{finding.name.replace('-', ' ')}]({finding.name}.svg)"
+    write_whole(page, f"{head}{begin}\n{body}\n{end}{tail}".encode())
+    write_whole(folder / f"{finding.name}.json", (json.dumps(finding.facts, indent=1) + "\n").encode())

@@ -1,0 +1,420 @@
+"""Studies of InvMM (Ma et al., ICCV 2025) on models of which it is known what they were shown, and how often.
+
+Pictures that were not reproduced within the budget are censored: their score is more than anything that was reproduced, and among
+themselves they are ordered by nothing. So ranks put them all last, together, and no mean of scores is taken.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from scipy.stats import spearmanr
+
+from .. import stats
+from ..audit.measures import Measured, Picture, measured
+from ..demo.world import Row, World
+from ..errors import UsageError
+from ..measure import base
+from ..measure.invmm import InvMM, varied
+from ..models import identity
+from ..models.base import Target, noise_from_seeds
+from ..models.load import load
+from ..models.sources import BUNDLED
+from ..records.schema import FORMAT
+from ..records.store import write_whole
+from ..report import svg
+from .pages import Finding, machine, table
+
+MEMBERSHIP = ("denoising-loss", "secmi", "flipd", "critical-noise")
+"""Cheap measures that are compared with InvMM on the same pictures."""
+
+NATURAL = 4096
+"""Samples of plain noise for brute force."""
+
+BATCH = 64
+
+
+@dataclass(frozen=True)
+class Case:
+    """A picture and what the model's training made of it."""
+
+    row: Row
+    picture: Picture
+
+    @property
+    def copies(self) -> int:
+        """How often it stands in an epoch; 0: held out."""
+        return self.row.copies if self.row.group == "planted" else 0
+
+
+def cases(world: World, work: Path, n: int, *, captions: bool) -> list[Case]:
+    """The first n pictures of each level, and twice as many held-out ones, as files in ``work``."""
+    rows = [row for level in world.levels for row in world.of("planted", copies=level)[:n]]
+    held = {row.concept: row for row in reversed(world.of("heldout"))}  # one picture of each
+    rows += list(held.values())[: 2 * n]
+    work.mkdir(parents=True, exist_ok=True)
+    found = []
+    for row, image in zip(rows, world.pictures([r.picture for r in rows]), strict=True):
+        file = work / f"{row.picture}.png"
+        if not file.exists():
+            Image.fromarray((image.permute(1, 2, 0) * 255).round().byte().numpy()).save(file)
+        found.append(Case(row, Picture(file, row.caption if captions else None)))
+    return found
+
+
+def setting(model: str, *, name: str = "improved") -> tuple[World, Target, InvMM]:
+    """World, target and method of a bundled model."""
+    if model not in BUNDLED:
+        raise UsageError(f"{model} is no model of which is known what it was shown; use one of {', '.join(BUNDLED)}.")
+    world, target = World(BUNDLED[model]), load(model)
+    return (
+        world,
+        target,
+        InvMM(target, world.reference.descriptor, varied(target, name), beta=world.reference.threshold),
+    )
+
+
+def results(method: InvMM, some: Sequence[Case], out: Path, companions: Sequence[str] = ()) -> list[Measured]:
+    """Measure what has not been measured yet."""
+
+    def told(done: int, asked: int, m: Measured) -> None:
+        print(f"{done}/{asked} {Path(m.image).name} {m.score:.4f} (paid {m.result['paid']:.4f})", flush=True)
+
+    cheap = [base.build(name) for name in companions]
+    return measured(method, [c.picture for c in some], out, progress=told, companions=cheap)
+
+
+# Score against number of copies
+
+
+def copies(model: str, work: Path, n: int) -> Finding:
+    """Spearman's ρ of score and ln(copies), and two AUCs: often against once, trained against held out."""
+    world, target, method = setting(model)
+    some = cases(world, work / "pictures", n, captions=target.has_text)
+    found = results(method, some, work / model)
+    scores = np.array([m.score for m in found])
+    dose = np.array([c.copies for c in some])
+    lowest, highest = world.levels[0], world.levels[-1]
+    trained = dose > 0
+    rho = stats.clustered(_rho, np.stack([scores[trained], np.log(dose[trained])], 1), np.arange(int(trained.sum())))
+    ends = np.isin(dose, (lowest, highest))
+    often = stats.cluster_bootstrap(stats.auc, _low_is_stored(scores[ends]), dose[ends] == highest)
+    member = stats.cluster_bootstrap(stats.auc, _low_is_stored(scores), trained)
+    rows = []
+    for level in [*world.levels[::-1], 0]:
+        at = [m for m, c in zip(found, some, strict=True) if c.copies == level]
+        rows.append(_level_row(f"{level} copies" if level else "held out", at))
+    text = "\n\n".join([
+        _measured_by("copies", model, method, some),
+        table(["copies per epoch", "reproduced", "nats per dimension: least, median, most", "nats in all, median", "F + B, median"], rows),
+        f"Spearman's ρ of score and ln(copies), trained pictures: {_words(rho)}. AUC of {highest} copies against {lowest}: "
+        f"{_words(often)}; of trained against held-out pictures: {_words(member)}.",
+    ])  # fmt: skip
+    facts = {
+        "model": target.identity()["fingerprint"], "preset": asdict(method.preset), "beta": method.beta, "machine": machine(),
+        "rho": _plain(rho), "often_against_once": _plain(often), "trained_against_heldout": _plain(member),
+        "pictures": [{"picture": c.row.picture, "copies": c.copies, "score": _finite(m.score), "paid": m.result["paid"],
+                      "forwards": m.result["forwards"], "backwards": m.result["backwards"]} for c, m in zip(some, found, strict=True)],
+    }  # fmt: skip
+    points = [(c.copies, m) for c, m in zip(some, found, strict=True)]
+    _write_levels(work / f"levels-{model}.json", method, some, found)
+    return Finding(f"copies-{model}", "stored.md", text, facts, _strips(points, [*world.levels[::-1], 0]))
+
+
+def _write_levels(file: Path, method: InvMM, some: Sequence[Case], found: Sequence[Measured]) -> None:
+    """Scores by dose as pages of measured pictures read them; the package carries one such file for a model."""
+    levels: dict[int, list[float | None]] = {}
+    for case, m in zip(some, found, strict=True):
+        levels.setdefault(case.copies, []).append(_finite(m.score))
+    facts = {
+        "format": FORMAT, "target": method.target.identity(), "preset": asdict(method.preset), "beta": method.beta,
+        "descriptor": method.descriptor.identity(), "levels": levels,
+    }  # fmt: skip
+    write_whole(file, (json.dumps(identity.plain(facts), indent=1) + "\n").encode())
+
+
+def _rho(rows: np.ndarray) -> float:
+    if len(set(rows[:, 0])) < 2 or len(set(rows[:, 1])) < 2:
+        return 0.0
+    return float(spearmanr(rows[:, 0], rows[:, 1]).statistic)
+
+
+def _low_is_stored(scores: np.ndarray) -> np.ndarray:
+    """Higher is more stored; censored ones all lowest."""
+    return np.where(np.isfinite(scores), -scores, -1e9)
+
+
+def _level_row(name: str, found: Sequence[Measured]) -> list[str]:
+    passed = sorted(m.score for m in found if math.isfinite(m.score))
+    middle = sorted(m.score for m in found)[(len(found) - 1) // 2] if found else math.inf
+    nats = [m.result["nats"] for m in found if m.score == middle and m.result["nats"] is not None]
+    cost = sorted(m.result["forwards"] + m.result["backwards"] for m in found)
+    return [
+        name, f"{len(passed)} of {len(found)}",
+        _spread(passed, middle, len(found)),
+        f"{nats[0]:.1f}" if nats else "–", f"{cost[(len(cost) - 1) // 2]}" if cost else "–",
+    ]  # fmt: skip
+
+
+def _spread(passed: Sequence[float], middle: float, n: int) -> str:
+    """Least, median and most; the most of those reproduced where others were not."""
+    if not passed:
+        return "–"
+    return f"{passed[0]:.4f}, {_or_censored(middle)}, {passed[-1]:.4f}" + (" (reproduced)" if len(passed) < n else "")
+
+
+# The bound against brute force
+
+
+def replication(model: str, work: Path, n: int) -> Finding:
+    """Share of plain noises that lead to each picture, beside what its score says it is at least."""
+    world, target, method = setting(model)
+    some = [c for c in cases(world, work / "pictures", n, captions=target.has_text) if c.copies]
+    found = results(method, some, work / model)
+    if target.has_text:
+        raise UsageError("brute force needs one set of samples for all pictures: use a model without text.")
+    hits = torch.zeros(len(some), dtype=torch.long)
+    own = method.descriptor(world.pictures([c.row.picture for c in some]))
+    for start in range(0, NATURAL, BATCH):
+        noise = noise_from_seeds(range(start, start + BATCH), 1, target.latent_shape).to(target.device)
+        similar = method.descriptor(method.drawn(noise, None, None)) @ own.T
+        hits += (similar >= method.beta).sum(0).cpu()
+    rows, facts, holds = [], [], 0
+    for case, m, k in zip(some, found, hits.tolist(), strict=True):
+        seen, least = stats.clopper_pearson(k, NATURAL), m.result["at_least"]
+        claimed = least is not None
+        holds += claimed and least <= seen.high
+        facts.append(
+            {"picture": case.row.picture, "copies": case.copies, "nats": m.result["nats"], "at_least": least, "hits": k}
+        )
+        if claimed:
+            rows.append([
+                case.row.picture, str(case.copies), f"{m.result['nats']:.2f}", "{}/{}".format(*m.result["succeeded"]),
+                f"{least:.2g}", f"{k / NATURAL:.2%} [{seen.low:.2%}, {seen.high:.2%}]",
+            ])  # fmt: skip
+    told = [f for f in facts if f["at_least"] is not None]
+    rank = spearmanr([f["nats"] for f in told], [f["hits"] for f in told]).statistic if len(told) > 2 else math.nan
+    text = "\n\n".join([
+        _measured_by("replication", model, method, some) + f" {NATURAL} samples of plain noise by the sampler of the tests.",
+        table(["picture", "copies", "nats", "fresh draws", "plain noise leads to it in at least", "and in fact in"], rows),
+        f"The bound holds for {holds} of {len(told)} pictures that were reproduced (at the upper end of the 95 % interval). "
+        f"Spearman's ρ of nats and observed rate: {rank:.2f}.",
+    ])  # fmt: skip
+    return Finding(
+        f"replication-{model}", "stored.md", text, {"samples": NATURAL, "pictures": facts, "rho": _finite(float(rank))}
+    )
+
+
+# Memorization is not membership
+
+
+def membership(model: str, work: Path, n: int) -> Finding:
+    """On the same pictures: who tells members from others, and who tells often from once?"""
+    world, target, method = setting(model)
+    some = cases(world, work / "pictures", n, captions=target.has_text)
+    found = results(method, some, work / model, MEMBERSHIP)
+    dose = np.array([c.copies for c in some])
+    lowest, highest = world.levels[0], world.levels[-1]
+    scores = {"InvMM": _low_is_stored(np.array([m.score for m in found]))}
+    for name in MEMBERSHIP:
+        sign = -1.0 if base.build(name).low_is_stored else 1.0
+        values = np.array([np.nan if (v := m.companions.get(name)) is None else v for m in found], float)
+        scores[name] = np.nan_to_num(sign * values, nan=-1e9)
+    once = np.isin(dose, (lowest, 0))
+    ends = np.isin(dose, (lowest, highest))
+    rows, facts = [], {}
+    for name, s in scores.items():
+        of = {
+            "member": stats.cluster_bootstrap(stats.auc, s, dose > 0),
+            "once": stats.cluster_bootstrap(stats.auc, s[once], dose[once] > 0),
+            "often": stats.cluster_bootstrap(stats.auc, s[ends], dose[ends] == highest),
+        }
+        rows.append([name, *(_words(v) for v in of.values())])
+        facts[name] = {k: _plain(v) for k, v in of.items()}
+    text = "\n\n".join([
+        _measured_by("membership", model, method, some),
+        table(["measure", "AUC, trained against held out", f"AUC, {lowest} copy per epoch against held out",
+               f"AUC, {highest} copies against {lowest}"], rows),
+    ])  # fmt: skip
+    return Finding(f"membership-{model}", "stored.md", text, facts)
+
+
+# Score against training steps
+
+
+def training_steps(folder: str, work: Path, n: int) -> Finding:
+    """The same pictures in every checkpoint of one training."""
+    checkpoints = (
+        sorted(p for p in Path(folder).iterdir() if (p / "model_index.json").exists()) if Path(folder).is_dir() else []
+    )
+    if not checkpoints:
+        raise UsageError(f"{folder} holds no pipelines; name the checkpoints folder of mnemoscope.demo.train.")
+    world = World("unconditional")
+    some = cases(world, work / "pictures", n, captions=False)
+    rows: list[list[str]] = []
+    facts: dict[str, dict[int, list[float | None]]] = {}
+    lines: dict[int, list[tuple[int, float]]] = {}
+    for checkpoint in checkpoints:
+        target = load(str(checkpoint), dtype="float32")
+        method = InvMM(target, world.reference.descriptor, varied(target), beta=world.reference.threshold)
+        found = results(method, some, work / f"steps-{checkpoint.name}")
+        row = []
+        for level in [*world.levels[::-1], 0]:
+            at = [m.score for m, c in zip(found, some, strict=True) if c.copies == level]
+            row.append(f"{sum(map(math.isfinite, at))}/{len(at)}, {_or_censored(sorted(at)[(len(at) - 1) // 2])}")
+            facts.setdefault(checkpoint.name, {})[level] = [_finite(v) for v in at]
+            lines.setdefault(level, []).append((int(checkpoint.name), sum(map(math.isfinite, at)) / len(at)))
+        rows.append([str(int(checkpoint.name)), *row])
+    text = "\n\n".join([
+        _measured_by("steps", folder, method, some),
+        table(["training steps", *(f"{k} copies" if k else "held out" for k in [*world.levels[::-1], 0])], rows),
+        "Each cell: pictures reproduced, and the median score in nats per dimension.",
+    ])  # fmt: skip
+    return Finding("training-steps", "stored.md", text, facts, _lines(lines))
+
+
+# Other samplers
+
+
+def samplers(model: str, work: Path, n: int) -> Finding:
+    """Noise that was found with one sampler, drawn with others: does the picture still come?"""
+    world, target, method = setting(model)
+    some = [c for c in cases(world, work / "pictures", n, captions=target.has_text) if c.copies]
+    found = results(method, some, work / model)
+    kept = [(c, m) for c, m in zip(some, found, strict=True) if m.result["passed"]]
+    tried: dict[str, Callable[[], Target]] = {
+        f"DDIM, {k} steps": lambda: target for k in (method.preset.steps, 20, 50, 200)
+    } | {name: _with_sampler(model, name) for name in ("DPM-Solver++, 20 steps", "Euler, 50 steps", "DDPM, 50 steps")}
+    rows, facts = [], {}
+    for name, made in tried.items():
+        steps, rates = int(name.split(", ")[1].split()[0]), []
+        other, noisy = made(), name.startswith("DDPM")
+        for case, m in kept:
+            noise = load_file(work / model / "pictures" / f"{m.id}.safetensors")
+            eps = noise_from_seeds(range(32), 2, target.latent_shape)
+            x = noise["mu"] + (noise["s"] / 2).exp() * eps
+            own = method.descriptor(world.pictures([case.row.picture]))[0]
+            pictures = _ancestral(target, x, steps) if noisy else _on(method, other).drawn(x, None, None, steps)
+            rates.append(float((method.descriptor(pictures) @ own >= method.beta).float().mean()))
+        middle = stats.clustered(lambda v: float(np.mean(v)), np.array(rates), np.arange(len(rates)), share=True)
+        rows.append([name, _words(middle), f"{sum(r >= 0.5 for r in rates)} of {len(rates)}"])
+        facts[name] = rates
+    text = "\n\n".join([
+        _measured_by("samplers", model, method, some) + " 32 draws of the noise found for each of the reproduced pictures.",
+        table(["sampler", "draws that are the picture", "pictures that most draws lead to"], rows),
+    ])  # fmt: skip
+    return Finding(f"samplers-{model}", "stored.md", text, facts)
+
+
+def _on(method: InvMM, target: Target) -> InvMM:
+    """The same method on another target."""
+    return InvMM(target, method.descriptor, method.preset, beta=method.beta)
+
+
+def _with_sampler(model: str, name: str) -> Callable[[], Target]:
+    """The same model with a sampler of diffusers."""
+
+    def made() -> Target:
+        from diffusers import DPMSolverMultistepScheduler, EulerDiscreteScheduler
+
+        target: Any = load(model)
+        if name.startswith("DDPM"):
+            return target
+        kind = DPMSolverMultistepScheduler if name.startswith("DPM") else EulerDiscreteScheduler
+        target._scheduler = kind.from_config(target._scheduler.config)
+        return target
+
+    return made
+
+
+@torch.no_grad()
+def _ancestral(target: Any, x: torch.Tensor, steps: int) -> torch.Tensor:
+    """Pictures by DDPM's own sampler, which draws noise at every step."""
+    from diffusers import DDPMScheduler
+
+    scheduler = DDPMScheduler.from_config(target._scheduler.config, timestep_spacing="trailing")
+    scheduler.set_timesteps(steps)
+    generator = torch.Generator("cpu").manual_seed(0)
+    for t in scheduler.timesteps:
+        x = scheduler.step(target.output(x, t, None), t, x, generator=generator).prev_sample
+    return target.decode(x)
+
+
+# Words and drawings
+
+
+def _measured_by(study: str, model: str, method: InvMM, some: Sequence[Case]) -> str:
+    command = f"python -m mnemoscope.lab {study} {model}"
+    return (
+        f"Measured by `{command}` on {machine()}: {len(some)} pictures, preset {method.preset.name}, tests by DDIM "
+        f"{method.preset.steps}, similarity of at least {method.beta:.3f} ({method.descriptor.name}), 95 % intervals over pictures."
+    )
+
+
+def _words(interval: stats.Interval) -> str:
+    return f"{interval.value:.2f} [{interval.low:.2f}, {interval.high:.2f}]"
+
+
+def _plain(interval: stats.Interval) -> list[float]:
+    return [round(v, 4) for v in (interval.value, interval.low, interval.high)]
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _or_censored(score: float) -> str:
+    return f"{score:.4f}" if math.isfinite(score) else "censored"
+
+
+STYLE = (
+    "<style>text{font:13px sans-serif;fill:#555}.axis,.grid{stroke:#bbb}circle{fill:#0072b2;fill-opacity:.65}"
+    "circle.censored{fill:none;stroke:#d55e00;stroke-width:1.5}polyline{fill:none;stroke:#0072b2;stroke-width:2}</style>"
+)
+
+
+def _alone(drawing: str) -> str:
+    """A drawing as a file of its own, with its style inside."""
+    start = drawing.index(">") + 1
+    return drawing[:start] + STYLE + drawing[start:] + "\n"
+
+
+def _strips(points: Iterable[tuple[int, Measured]], levels: Sequence[int]) -> str:
+    """Scores in strips, a row for each level; rings are censored pictures, at what had been paid."""
+    points = list(points)
+    x = svg.fit([max(m.result["paid"], 1e-5) for _, m in points], 110, 700, log=True)
+    marks = [svg.x_axis(x, 40 + 34 * len(levels), "nats per dimension (rings: not reproduced, more than this)", top=20)]
+    for i, level in enumerate(levels):
+        y = 40 + 34 * i
+        marks.append(svg.text(100, y + 4, f"{level} copies" if level else "held out", "label", "end"))
+        for k, (_, m) in enumerate([p for p in points if p[0] == level]):
+            at = x(max(m.result["paid"], 1e-5))
+            marks.append(
+                svg.tag("circle", cx=at, cy=y + (k % 5 - 2) * 4, r=4, class_="" if m.result["passed"] else "censored")
+            )
+    return _alone(
+        str(
+            svg.drawing(720, 90 + 34 * len(levels), "Score against copies", "A strip for each level of copies.", *marks)
+        )
+    )
+
+
+def _lines(lines: dict[int, list[tuple[int, float]]]) -> str:
+    """Share of pictures reproduced against training steps, a line for each level."""
+    steps = [s for points in lines.values() for s, _ in points]
+    x, y = svg.fit(steps, 70, 600, log=False), svg.Scale(0.0, 1.0, 260, 30)
+    marks = [svg.x_axis(x, 260, "training steps"), svg.y_axis(y, 70, "pictures reproduced", as_percent=True)]
+    ends = svg.spread([y(points[-1][1]) for points in lines.values()], 15, 30, 260)
+    for (level, points), end in zip(lines.items(), ends, strict=True):
+        marks.append(svg.polyline([(x(s), y(v)) for s, v in points], "line"))
+        marks.append(svg.text(608, end + 4, f"{level} copies" if level else "held out"))
+    return _alone(str(svg.drawing(720, 310, "Reproduced against training steps", "A line for each level.", *marks)))

@@ -1,0 +1,89 @@
+"""The laboratory: how findings are put into pages, how censored scores are ranked, and one study from end to end."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+
+import numpy as np
+import pytest
+
+from mnemoscope.errors import UsageError
+from mnemoscope.lab import pages, stored
+from mnemoscope.lab.__main__ import STUDIES
+from mnemoscope.lab.pages import Finding
+from mnemoscope.measure.invmm import varied
+
+
+def test_a_finding_replaces_its_block_and_nothing_else(tmp_path):
+    (tmp_path / "page.md").write_text("before\n<!-- one -->\nold\n<!-- /one -->\nafter\n", encoding="utf-8")
+    finding = Finding("one", "page.md", "new ± figures\n", {"a": [1, None]}, "<svg></svg>")
+    for _ in range(2):  # a second time changes nothing more
+        pages.write(tmp_path, finding)
+    text = (tmp_path / "page.md").read_text(encoding="utf-8")
+    assert text == "before\n<!-- one -->\nnew ± figures\n\n![one](one.svg)\n<!-- /one -->\nafter\n"
+    assert json.loads((tmp_path / "one.json").read_text()) == {"a": [1, None]}
+    assert (tmp_path / "one.svg").read_text() == "<svg></svg>"
+
+
+@pytest.mark.parametrize("text", ["no block\n", "<!-- one --> never closed\n", None])
+def test_a_page_without_the_block_is_named(tmp_path, text):
+    if text is not None:
+        (tmp_path / "page.md").write_text(text, encoding="utf-8")
+    with pytest.raises(UsageError, match="has no block <!-- one -->"):
+        pages.write(tmp_path, Finding("one", "page.md", "x"))
+    assert text is None or (tmp_path / "page.md").read_text(encoding="utf-8") == text
+
+
+def test_censored_scores_rank_last_and_together():
+    inf = math.inf
+    assert stored._low_is_stored(np.array([0.2, inf, 0.1])).argsort().tolist() == [1, 0, 2]
+    falling = np.array([[inf, 0.0], [inf, 0.0], [0.3, 1.0], [0.1, 2.0]])
+    assert stored._rho(falling) == pytest.approx(-1)
+    assert stored._rho(np.array([[inf, 0.0], [inf, 1.0]])) == 0  # nothing to rank
+    assert stored._spread([0.1, 0.2], inf, 5) == "0.1000, censored, 0.2000 (reproduced)"
+    assert stored._spread([], inf, 3) == "–"
+
+
+def test_studies_want_a_model_that_is_known(tmp_path):
+    for name in ("copies", "membership", "replication", "samplers"):
+        with pytest.raises(UsageError, match="use one of demo, demo-unconditional"):
+            STUDIES[name]("some/model", tmp_path, 1)
+    with pytest.raises(UsageError, match="holds no pipelines"):
+        STUDIES["steps"](str(tmp_path), tmp_path, 1)
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """A budget of seconds; figures mean nothing under it."""
+
+    def least(target, name="improved"):
+        return varied(target, name, updates=16, steps=3, preview=2, confirm=4, search=2)
+
+    monkeypatch.setattr(stored, "varied", least)
+    monkeypatch.setattr(stored, "NATURAL", 64)
+
+
+@pytest.mark.slow
+def test_every_study_of_the_bundled_model(quick, tmp_path, capsys):
+    """Each finding says what was measured and names all its levels; a second call measures nothing again."""
+    copies = stored.copies("demo-unconditional", tmp_path, 1)
+    for level in ("320", "80", "20", "5", "1"):
+        assert f"| {level} copies | " in copies.text
+    assert "| held out | " in copies.text
+    assert re.search(r"Spearman's ρ .*: -?\d\.\d\d \[", copies.text)
+    assert len(copies.facts["pictures"]) == 7
+    assert copies.plot.count("<circle") == 7
+    capsys.readouterr()
+    assert stored.copies("demo-unconditional", tmp_path, 1).facts == copies.facts
+    assert capsys.readouterr().out == ""
+
+    replication = stored.replication("demo-unconditional", tmp_path, 1)
+    assert replication.facts["samples"] == 64
+    assert len(replication.facts["pictures"]) == 5
+    membership = stored.membership("demo-unconditional", tmp_path, 2)
+    assert set(membership.facts) == {"InvMM", *stored.MEMBERSHIP}
+    samplers = stored.samplers("demo-unconditional", tmp_path, 1)
+    assert "DDPM, 50 steps" in samplers.facts
+    assert len({len(rates) for rates in samplers.facts.values()}) == 1
