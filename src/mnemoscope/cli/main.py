@@ -637,7 +637,7 @@ def _known_beta(settings: AuditConfig) -> AuditConfig:
         return settings
     from ..demo.world import World
 
-    spec = spec.model_copy(update={"beta": World().reference.threshold})
+    spec = spec.model_copy(update={"beta": World().same_picture})
     return settings.model_copy(update={"measure_preset": spec})
 
 

@@ -150,7 +150,7 @@ def measure(
     if beta is None:
         from ..demo.world import World
 
-        beta = World(WORLDS[model]).reference.threshold
+        beta = World(WORLDS[model]).same_picture
     chosen = varied(target, preset, updates=updates, steps=steps, scales=tried)
     method = InvMM(target, build(descriptor), chosen, beta=beta)
     screen.say(f"{len(pictures)} pictures, preset {chosen.name}, at most {chosen.updates} updates each; kept in {out}")

@@ -40,6 +40,8 @@ LAYOUT_FMR = 0.01
 """Rate at which a generated picture that is no copy is called a template copy."""
 COPY_FMR = 0.05
 """Rate at which the nearest of the bundled pictures to a different picture is called its origin."""
+PAIR_FMR = 0.001
+"""Share of pairs of different pictures that are called the same one."""
 GUIDANCE = 3.0
 """The guidance scale that the bundled model's card recommends and all its figures use."""
 
@@ -209,6 +211,17 @@ class World:
         reference = WorldReference(self, self.shown, Fingerprint())
         reference.calibrate(self.pictures(self.different), fmr=COPY_FMR)
         return reference
+
+    @cached_property
+    def same_picture(self) -> float:
+        """Similarity that one pair of different pictures in a thousand reaches: whether a draw is *this* picture, not whether it is any.
+
+        The copy threshold is of searches among all training pictures, so it is far stricter. A measure of one picture compares with that
+        picture alone, and asks all of its draws.
+        """
+        different = self.reference.descriptor(self.pictures(self.different))
+        similar = (different @ self.reference.vectors.T).flatten()
+        return float(np.quantile(similar.numpy(), 1 - PAIR_FMR))
 
     @property
     def shown(self) -> list[str]:

@@ -79,7 +79,7 @@ def setting(model: str, *, name: str = "improved") -> tuple[World, Target, InvMM
     return (
         world,
         target,
-        InvMM(target, world.reference.descriptor, varied(target, name), beta=world.reference.threshold),
+        InvMM(target, world.reference.descriptor, varied(target, name), beta=world.same_picture),
     )
 
 
@@ -265,7 +265,7 @@ def training_steps(folder: str, work: Path, n: int) -> Finding:
     lines: dict[int, list[tuple[int, float]]] = {}
     for checkpoint in checkpoints:
         target = load(str(checkpoint), dtype="float32")
-        method = InvMM(target, world.reference.descriptor, varied(target), beta=world.reference.threshold)
+        method = InvMM(target, world.reference.descriptor, varied(target), beta=world.same_picture)
         found = results(method, some, work / f"steps-{checkpoint.name}")
         row = []
         for level in [*world.levels[::-1], 0]:

@@ -256,7 +256,7 @@ class Stored:
         curve: (update, loss, λ, KL per dimension, best similarity) at each check.
         mu: μ of the noise found.
         s: Its log-variance.
-        tokens: The encoded prompt that was learned, one row; None: it was given, or there is none.
+        tokens: The encoded prompt that was learned, one draw of it; None: it was given, or there is none.
     """
 
     preset: str
@@ -635,6 +635,10 @@ class _Run:
         succeeded: tuple[int, int] | None = None, tokens: Tensor | None = None,
     ) -> None:  # fmt: skip
         """Write down what was found."""
+        if self.logits is not None and tokens is None:
+            with torch.no_grad():  # a picture that was not reached can be looked at as well
+                prompt = self.prompted(1, self._testing)
+            tokens = None if prompt is None else prompt.tokens
         mu = self.mu.detach().clone() if mu is None else mu
         s = self.s.detach().clone() if s is None else s
         paid = float(divergence(mu[None], s[None])[0])
