@@ -114,7 +114,7 @@ def copies(model: str, work: Path, n: int) -> Finding:
         at = [m for m, c in zip(found, some, strict=True) if c.copies == level]
         rows.append(_level_row(f"{level} copies" if level else "held out", at))
     text = "\n\n".join([
-        _measured_by("copies", model, method, some),
+        _measured_by("copies", model, method, some, n),
         table(["copies per epoch", "reproduced", "nats per dimension: least, median, most", "nats in all, median", "F + B, median"], rows),
         f"Spearman's ρ of score and ln(copies), trained pictures: {_words(rho)}. AUC of {highest} copies against {lowest}: "
         f"{_words(often)}; of trained against held-out pictures: {_words(member)}.",
@@ -204,7 +204,7 @@ def replication(model: str, work: Path, n: int) -> Finding:
     told = [f for f in facts if f["at_least"] is not None]
     rank = spearmanr([f["nats"] for f in told], [f["hits"] for f in told]).statistic if len(told) > 2 else math.nan
     text = "\n\n".join([
-        _measured_by("replication", model, method, some) + f" {NATURAL} samples of plain noise by the sampler of the tests.",
+        _measured_by("replication", model, method, some, n) + f" {NATURAL} samples of plain noise by the sampler of the tests.",
         table(["picture", "copies", "nats", "fresh draws", "plain noise leads to it in at least", "and in fact in"], rows),
         f"The bound holds for {holds} of {len(told)} pictures that were reproduced (at the upper end of the 95 % interval). "
         f"Spearman's ρ of nats and observed rate: {rank:.2f}.",
@@ -241,7 +241,7 @@ def membership(model: str, work: Path, n: int) -> Finding:
         rows.append([name, *(_words(v) for v in of.values())])
         facts[name] = {k: _plain(v) for k, v in of.items()}
     text = "\n\n".join([
-        _measured_by("membership", model, method, some),
+        _measured_by("membership", model, method, some, n),
         table(["measure", "AUC, trained against held out", f"AUC, {lowest} copy per epoch against held out",
                f"AUC, {highest} copies against {lowest}"], rows),
     ])  # fmt: skip
@@ -275,7 +275,7 @@ def training_steps(folder: str, work: Path, n: int) -> Finding:
             lines.setdefault(level, []).append((int(checkpoint.name), sum(map(math.isfinite, at)) / len(at)))
         rows.append([str(int(checkpoint.name)), *row])
     text = "\n\n".join([
-        _measured_by("steps", folder, method, some),
+        _measured_by("steps", folder, method, some, n),
         table(["training steps", *(f"{k} copies" if k else "held out" for k in [*world.levels[::-1], 0])], rows),
         "Each cell: pictures reproduced, and the median score in nats per dimension.",
     ])  # fmt: skip
@@ -309,7 +309,7 @@ def samplers(model: str, work: Path, n: int) -> Finding:
         rows.append([name, _words(middle), f"{sum(r >= 0.5 for r in rates)} of {len(rates)}"])
         facts[name] = rates
     text = "\n\n".join([
-        _measured_by("samplers", model, method, some) + " 32 draws of the noise found for each of the reproduced pictures.",
+        _measured_by("samplers", model, method, some, n) + " 32 draws of the noise found for each of the reproduced pictures.",
         table(["sampler", "draws that are the picture", "pictures that most draws lead to"], rows),
     ])  # fmt: skip
     return Finding(f"samplers-{model}", "stored.md", text, facts)
@@ -352,8 +352,8 @@ def _ancestral(target: Any, x: torch.Tensor, steps: int) -> torch.Tensor:
 # Words and drawings
 
 
-def _measured_by(study: str, model: str, method: InvMM, some: Sequence[Case]) -> str:
-    command = f"python -m mnemoscope.lab {study} {model}"
+def _measured_by(study: str, model: str, method: InvMM, some: Sequence[Case], n: int) -> str:
+    command = f"python -m mnemoscope.lab {study} {model} --pictures {n}"
     return (
         f"Measured by `{command}` on {machine()}: {len(some)} pictures, preset {method.preset.name}, tests by DDIM "
         f"{method.preset.steps}, similarity of at least {method.beta:.3f} ({method.descriptor.name}), 95 % intervals over pictures."

@@ -1,0 +1,82 @@
+"""What the improved preset of InvMM costs and how steady it is, beside the official one, on the bundled model without text.
+
+    python bench/invmm.py    about an hour on 2 cores; goes on where it was stopped; writes docs/studies/stored.md
+
+A picture of the highest level (memorized) stops early in both; a held-out one (censored) uses the whole budget, which is where the time of
+real audits goes. F and B are counted, so they are those of any machine. Spread is the standard deviation over seeds; costs are compared
+picture by picture.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+
+from common import DOCS, machine, markdown_table, write_block
+from mnemoscope.audit.measures import Measured, Picture, measured
+from mnemoscope.lab.stored import cases, setting
+
+MODEL = "demo-unconditional"
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--pictures", type=int, default=2, help="of each kind")
+    p.add_argument("--seeds", type=int, default=3)
+    p.add_argument("--work", type=Path, default=Path("build/bench-invmm"))
+    args = p.parse_args()
+    kinds: dict[str, list[Picture]] = {}
+    found: dict[tuple[str, str], list[list[Measured]]] = {}
+    for name in ("official", "improved"):
+        world, _, method = setting(MODEL, name=name)
+        every = cases(world, args.work / "pictures", args.pictures, captions=False)
+        kinds = {
+            "memorized": [c.picture for c in every if c.copies == world.levels[-1]],
+            "censored": [c.picture for c in every if not c.copies][: args.pictures],
+        }
+        for kind, pictures in kinds.items():
+            # A seed of its own for each repetition: draws come from a picture's id, and ids from its setting.
+            for seed in range(args.seeds if kind == "memorized" else 1):
+                out = args.work / f"{name}-{kind}-{seed}"
+                found.setdefault((name, kind), []).append(measured(method, repeated(pictures, out, seed), out))
+                print(name, kind, seed, [(m.score, m.result["forwards"]) for m in found[name, kind][-1]], flush=True)
+    rows, facts = [], {"machine": machine(), "kinds": {k: len(v) for k, v in kinds.items()}}
+    for kind in kinds:
+        cost = {n: np.array([[m.result["forwards"] + m.result["backwards"] for m in r] for r in found[n, kind]]).mean(0)
+                for n in ("official", "improved")}  # fmt: skip
+        share = cost["improved"] / cost["official"]
+        scores = {n: np.array([[m.result["nats"] if m.result["passed"] else np.nan for m in r] for r in found[n, kind]])
+                  for n in ("official", "improved")}  # fmt: skip
+        spread = {n: np.nanmean(np.nanstd(s, axis=0, ddof=1)) if len(s) > 1 else np.nan for n, s in scores.items()}
+        rows.append([
+            kind, *(f"{cost[n].mean():.0f}" for n in cost), f"{share.mean():.0%} ({share.min():.0%} to {share.max():.0%})",
+            *("–" if np.isnan(s).all() else f"{np.nanmean(s):.1f} ± {spread[n]:.1f}" for n, s in scores.items()),
+        ])  # fmt: skip
+        facts[kind] = {n: {"cost": cost[n].tolist(), "nats": np.nan_to_num(scores[n], nan=-1).tolist()} for n in cost}
+    text = "\n\n".join([
+        f"Measured by `python bench/invmm.py` on {machine()}: `{MODEL}`, {args.pictures} pictures of each kind, {args.seeds} seeds of the "
+        f"memorized ones.",
+        markdown_table(["pictures", "F + B, official", "F + B, improved", "share", "nats in all, official", "nats, improved"], rows),
+    ])  # fmt: skip
+    write_block(DOCS / "studies" / "stored.md", "measured-invmm", text, facts)
+
+
+def repeated(pictures: list[Picture], out: Path, seed: int) -> list[Picture]:
+    """The same pictures in files that differ in a comment, so that their ids, and with them all draws, differ."""
+    from PIL import Image, PngImagePlugin
+
+    out.mkdir(parents=True, exist_ok=True)
+    copies = []
+    for picture in pictures:
+        file, note = out / picture.file.name, PngImagePlugin.PngInfo()
+        note.add_text("seed", str(seed))
+        if not file.exists():
+            Image.open(picture.file).save(file, pnginfo=note)
+        copies.append(Picture(file, picture.caption))
+    return copies
+
+
+if __name__ == "__main__":
+    main()
