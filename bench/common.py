@@ -14,7 +14,8 @@ from PIL import Image
 from torch import Tensor
 
 from mnemoscope import Run, Target, denoise
-from mnemoscope.lab.pages import machine, table
+from mnemoscope.errors import UsageError
+from mnemoscope.lab.pages import machine, replace_block, table
 from mnemoscope.records.schema import Row
 from mnemoscope.similarity.reference import ReferenceSet
 
@@ -58,13 +59,10 @@ def null_copies(target: Target, reference: ReferenceSet, repeated: set[str], ste
 
 def write_block(document: Path, name: str, text: str, facts: Any = None) -> None:
     """Replace the block between ``<!-- name -->`` and ``<!-- /name -->``; facts go beside the document as JSON."""
-    begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
-    page = document.read_text(encoding="utf-8")
-    head, _, rest = page.partition(begin)
-    _, found, tail = rest.partition(end)
-    if not found:
-        raise SystemExit(f"{document} has no block {begin} … {end}")
-    document.write_text(f"{head}{begin}\n{text.strip()}\n{end}{tail}", encoding="utf-8")
+    try:
+        replace_block(document, name, text)
+    except UsageError as e:
+        raise SystemExit(str(e)) from None
     if facts is not None:
         (DOCS / "measured").mkdir(exist_ok=True)
         (DOCS / "measured" / f"{name}.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")

@@ -14,7 +14,7 @@ import torch
 from ..errors import UsageError
 from ..records.store import write_whole
 
-__all__ = ["Finding", "machine", "table", "write"]
+__all__ = ["Finding", "machine", "replace_block", "table", "write"]
 
 
 @dataclass(frozen=True)
@@ -52,21 +52,30 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
 
 
+def replace_block(page: Path, name: str, text: str) -> None:
+    """Replace what stands between ``<!-- name -->`` and ``<!-- /name -->``.
+
+    Raises:
+        UsageError: the page, or its block, is missing.
+    """
+    begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+    head, _, rest = (page.read_text(encoding="utf-8") if page.exists() else "").partition(begin)
+    _, found, tail = rest.partition(end)
+    if not found:
+        raise UsageError(f"{page} has no block {begin} … {end}; write one where the figures are to stand.")
+    write_whole(page, f"{head}{begin}\n{text.strip()}\n{end}{tail}".encode())
+
+
 def write(folder: Path, finding: Finding) -> None:
     """Replace the study's block of its page; its numbers and plot go beside the page.
 
     Raises:
         UsageError: the page, or its block, is missing.
     """
-    page, begin, end = folder / finding.page, f"<!-- {finding.name} -->", f"<!-- /{finding.name} -->"
-    text = page.read_text(encoding="utf-8") if page.exists() else ""
-    head, _, rest = text.partition(begin)
-    _, found, tail = rest.partition(end)
-    if not found:
-        raise UsageError(f"{page} has no block {begin} … {end}; write one where the figures are to stand.")
     body = finding.text.strip()
     if finding.plot:
-        write_whole(folder / f"{finding.name}.svg", finding.plot.encode())
         body += f"\n\n![{finding.name.replace('-', ' ')}]({finding.name}.svg)"
-    write_whole(page, f"{head}{begin}\n{body}\n{end}{tail}".encode())
+    replace_block(folder / finding.page, finding.name, body)
+    if finding.plot:
+        write_whole(folder / f"{finding.name}.svg", finding.plot.encode())
     write_whole(folder / f"{finding.name}.json", (json.dumps(finding.facts, indent=1) + "\n").encode())

@@ -297,7 +297,8 @@ def samplers(model: str, work: Path, n: int) -> Finding:
     rows, facts = [], {}
     for name, made in tried.items():
         steps, rates = int(name.split(", ")[1].split()[0]), []
-        other, noisy = made(), name.startswith("DDPM")
+        noisy = name.startswith("DDPM")  # draws noise of its own, from the target as it is
+        other = target if noisy else made()
         for case, m in kept:
             noise = load_file(work / model / "pictures" / f"{m.id}.safetensors")
             eps = noise_from_seeds(range(32), 2, target.latent_shape)
@@ -327,8 +328,6 @@ def _with_sampler(model: str, name: str) -> Callable[[], Target]:
         from diffusers import DPMSolverMultistepScheduler, EulerDiscreteScheduler
 
         target: Any = load(model)
-        if name.startswith("DDPM"):
-            return target
         kind = DPMSolverMultistepScheduler if name.startswith("DPM") else EulerDiscreteScheduler
         target._scheduler = kind.from_config(target._scheduler.config)
         return target
