@@ -17,7 +17,7 @@ from mnemoscope.errors import UnknownName, UsageError
 from mnemoscope.models.gaussian import Gaussian
 from mnemoscope.records.measures import Measures
 from mnemoscope.records.store import Run
-from mnemoscope.report.html import write_report
+from mnemoscope.report.html import write_json, write_markdown, write_report
 
 SHAPE = (3, 16, 16)
 PROMPTS = ["a cat", "the mona lisa"]
@@ -86,6 +86,17 @@ def test_an_audit_measures_pictures_and_its_report_joins_them(ask, world):
     assert "Prompt scores and picture scores" in text
     assert "a &lt;b&gt;dog&lt;/b&gt;" in text
     assert "not audited" in text
+    markdown = write_markdown(run.folder).read_text(encoding="utf-8")
+    assert "**Pictures measured with this model**" in markdown
+    (lisa,) = [line for line in markdown.splitlines() if line.startswith("| lisa.png | the mona lisa")]
+    assert "reproduced after" in lisa
+    assert not lisa.endswith("not audited |")
+    (dog,) = [line for line in markdown.splitlines() if line.startswith("| dog.png")]
+    assert dog.endswith("not audited |")
+    facts = json.loads(write_json(run.folder).read_text(encoding="utf-8"))
+    assert {Path(p["image"]).stem: p["status"] for p in facts["measured"]["pictures"]} == {
+        Path(e.image).stem: e.status for e in found.entries
+    }
 
 
 def test_the_same_audit_goes_on_with_the_missing_pictures(ask, world, monkeypatch):

@@ -15,7 +15,8 @@ from mnemoscope.measure.base import build
 from mnemoscope.measure.denoising_loss import DenoisingLoss
 from mnemoscope.measure.invmm import InvMM, varied
 from mnemoscope.models.mixture import Mixture
-from mnemoscope.records.measures import Measures
+from mnemoscope.records.measures import Levels, Measures
+from mnemoscope.report.measured import missed_words, untested
 from mnemoscope.similarity.pixels import Pixels
 
 SHAPE = (3, 16, 16)
@@ -223,6 +224,29 @@ def test_what_was_screened_out_is_measured_once_it_is_let_through(world, folder,
     assert all(m.status == "measured" and "flipd" in m.companions for m in everything)
 
 
+def test_a_screen_is_checked_with_some_of_those_that_it_leaves_out(world, folder, tmp_path):
+    pictures, out = pictures_in([folder]), tmp_path / "out"
+    screen, told = Screen(build("flipd"), 0.25, check=2), []
+    found = measured(method(world), pictures, out, screen=screen, progress=lambda *told_: told.append(told_[:2]))
+    assert told == [(1, 3), (2, 3), (3, 3)]
+    left_out = [m for m in found if m.checked or m.status != "measured"]
+    assert len(left_out) == 3
+    assert (
+        sorted(m.id for m in left_out if m.checked) == sorted(m.id for m in left_out)[:2]
+    )  # by their digests, not by rank
+    spent = world.forwards
+    again = measured(method(world), pictures, out, screen=screen)
+    assert ([m.id for m in again if m.checked], world.forwards) == ([m.id for m in found if m.checked], spent)
+    read = Measures.read(out)
+    reproduced = [e.status == "reproduced" for e in read.entries if e.checked]
+    assert missed_words(reproduced) in untested(read, Levels({}))
+    assert f"{sum(reproduced)} of 2" in missed_words(reproduced) or "none found among 2" in missed_words(reproduced)
+    # What a wider screen lets through checks nothing any more.
+    assert not any(m.checked for m in measured(method(world), pictures, out))
+    with pytest.raises(UsageError, match="use 0 for none, or more"):
+        Screen(build("flipd"), 0.25, check=-1)
+
+
 def test_a_kill_while_screening_loses_nothing_but_the_running_batch(world, folder, tmp_path):
     pictures, out = pictures_in([folder]), tmp_path / "out"
 
@@ -351,6 +375,7 @@ def test_the_command_with_a_screen(run, bundled, tmp_path):
     assert [line[1:6] for line in rest] == [["–", "–", "screened out", "–", "–"]] * 2
     assert float(first[-1]) <= float(rest[0][-1]) <= float(rest[1][-1])
     assert "2 of 3 pictures were screened out by denoising-loss, which kept a share of 0.3" in err
+    assert "What the screen misses was not looked at: none of the pictures" in err
     assert "2 screened out" in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
     code, again, _ = run(*words, "--out", tmp_path / "out", "--json")
     found = json.loads(again)

@@ -9,11 +9,13 @@ import re
 import numpy as np
 import pytest
 
+from mnemoscope.demo.world import World
 from mnemoscope.errors import UsageError
-from mnemoscope.lab import pages, stored
+from mnemoscope.lab import pages, sizes, stored
 from mnemoscope.lab.__main__ import STUDIES
 from mnemoscope.lab.pages import Finding
 from mnemoscope.measure.invmm import varied
+from mnemoscope.models.load import load
 
 
 def test_a_finding_replaces_its_block_and_nothing_else(tmp_path):
@@ -52,6 +54,45 @@ def test_studies_want_a_model_that_is_known(tmp_path):
             STUDIES[name]("some/model", tmp_path, 1)
     with pytest.raises(UsageError, match="holds no pipelines"):
         STUDIES["steps"](str(tmp_path), tmp_path, 1)
+
+
+def test_a_screen_is_judged_by_the_reproduced_pictures_that_it_lets_through():
+    passed = np.array([True, True, False, False])
+    scores = np.array([4.0, 1.0, 3.0, 2.0])
+    assert [cell.split(" [")[0] for cell in stored._missed("x", scores, passed)[1:]] == ["1 of 2", "1 of 2"]
+    assert [cell.split(" [")[0] for cell in stored._missed("x", -scores, passed)[1:]] == ["1 of 2", "1 of 2"]
+    assert [cell.split(" [")[0] for cell in stored._missed("x", scores * passed, passed)[1:]] == ["2 of 2", "2 of 2"]
+
+
+def test_training_sets_of_the_size_study_are_nested_and_hold_one_picture_of_a_concept_first(tmp_path):
+    world = World("unconditional")
+    order = sizes._order(world)
+    assert order == sizes._order(world)
+    assert len({row.picture for row in order}) == len(order) >= sizes.SIZES[-1]
+    assert len({row.concept for row in order[: sizes.SIZES[0]]}) == sizes.SIZES[0]
+    assert not {row.picture for row in order} & {row.picture for row in world.of("heldout")}
+    with pytest.raises(UsageError, match="name that one"):
+        sizes.sizes("demo", tmp_path, 1)
+
+
+def test_checkpoints_that_are_measured_double(tmp_path):
+    for step in (*range(1000, 7000, 1000), 0):
+        (tmp_path / f"{step:05d}").mkdir()
+        if step:
+            (tmp_path / f"{step:05d}" / "model_index.json").write_text("{}")
+    (tmp_path / "notes").mkdir()
+    assert [p.name for p in stored._doubling(tmp_path)] == ["01000", "02000", "04000", "06000"]
+
+
+@pytest.mark.slow
+def test_a_model_of_the_size_study_goes_on_where_it_was_stopped(tmp_path):
+    world = World("unconditional")
+    rows = sizes._order(world)[:8]
+    whole = load(str(sizes.train(world, rows, tmp_path / "whole", steps=4)))
+    assert whole.latent_shape == (8, 8, 8)
+    before = (tmp_path / "whole" / "training.pt").stat().st_mtime_ns
+    sizes.train(world, rows, tmp_path / "whole", steps=4)
+    assert (tmp_path / "whole" / "training.pt").stat().st_mtime_ns == before
 
 
 @pytest.fixture

@@ -112,6 +112,7 @@ def test_bounds(p, words):
 def test_what_was_screened_out_is_named_with_its_screen(folder):
     text = page(folder).text
     assert "1 picture was not tried, because a cheap measure (flipd) found others more suspicious" in text
+    assert "What the screen misses was not looked at" in text
 
 
 def test_companions_stand_beside_the_score(folder, tmp_path):

@@ -32,12 +32,16 @@ class Screen:
     Attributes:
         measure: What ranks them.
         share: How many of them, above 0 and at most 1; rounded up.
+        check: How many of those left out are measured all the same, drawn by chance, to see what the screen misses.
     """
 
     measure: Measure
     share: float = 0.3
+    check: int = 0
 
     def __post_init__(self) -> None:
+        if self.check < 0:
+            raise UsageError(f"{self.check} pictures to check a screen with: use 0 for none, or more.")
         if not 0 < self.share <= 1:
             raise UsageError(
                 f"a screen that keeps a share of {self.share:g}: use one above 0 and at most 1, such as 0.3."
@@ -50,8 +54,19 @@ class Screen:
 
     def kept(self, values: Sequence[Mapping[str, float | None]]) -> set[int]:
         """Places of the pictures that are let through; ties go by place."""
-        n = math.ceil(self.share * len(values) - 1e-9)
-        return set(sorted(range(len(values)), key=lambda i: self.key(values[i]))[:n])
+        return set(sorted(range(len(values)), key=lambda i: self.key(values[i]))[: self.keeps(len(values))])
+
+    def keeps(self, n: int) -> int:
+        """How many of n pictures are let through."""
+        return math.ceil(self.share * n - 1e-9)
+
+    def drawn(self, out: Mapping[int, str]) -> set[int]:
+        """Places of those left out that check the screen: by chance, the same ones each time.
+
+        Args:
+            out: Id of each picture that is left out, by its place. Ids are digests, so their order is as good as a draw.
+        """
+        return set(sorted(out, key=lambda i: out[i])[: self.check])
 
 
 def compared(

@@ -35,7 +35,8 @@ class Measured:
         result: Fields of :class:`~mnemoscope.measure.invmm.Stored`; empty (in the file: null) where InvMM was not tried.
         companions: What cheap measures say of it, by name; None: not finite.
         status: ``measured``, or ``screened out``: a screen left it out, and how strongly it is stored is not known.
-        screen: What left it out: the measure's name and options, and the share that it kept.
+        screen: What left it out: the measure's name and options, and the share that it kept. With ``checked`` true: the screen would
+            have left it out, and it was measured by chance, to see what the screen misses.
     """
 
     id: str
@@ -45,6 +46,11 @@ class Measured:
     companions: Values = field(default_factory=dict)
     status: str = MEASURED
     screen: dict[str, Any] | None = None
+
+    @property
+    def checked(self) -> bool:
+        """Whether a screen would have left it out, and it was measured all the same."""
+        return self.status == MEASURED and bool(self.screen and self.screen.get("checked"))
 
     @property
     def score(self) -> float:
@@ -89,12 +95,12 @@ def measured(
     begin(method, setting, ids, out, command)
     cheap = {m.name: m for m in [*companions, *([screen.measure] if screen else [])]}
     values = compared(list(cheap.values()), method.target, pictures, out, batch_size=batch_size, progress=compare)
-    chosen = set(range(len(pictures))) if screen is None else screen.kept(values)
+    chosen, checked = _chosen(screen, values, ids)
     before = [_read(folder / f"{name}.json") for name in ids]
     known = {i for i, m in enumerate(before) if m is not None and m.status == MEASURED}
     missing = sorted(chosen - known)
     for i in sorted(set(range(len(pictures))) - set(missing)):
-        _settle(folder, ids[i], pictures[i], before[i], values[i], screen)
+        _settle(folder, ids[i], pictures[i], before[i], values[i], screen, checked=i in checked)
     done, asked = len(known), len(known) + len(missing)
     for rows in _batches(missing, pictures, batch_size):
         some = [pictures[i] for i in rows]
@@ -104,11 +110,22 @@ def measured(
         found = method(images, prompts=captions, keys=[int(ids[i][:12], 16) for i in rows], watch=watch)
         keep_pictures(method, images, captions, found, out, [ids[i] for i in rows])
         for i, result in zip(rows, found, strict=True):
-            kept = _keep(folder, ids[i], pictures[i], result, _joined(before[i], values[i]))
+            by = _by(screen, checked=True) if i in checked else None
+            kept = _keep(folder, ids[i], pictures[i], result, _joined(before[i], values[i]), by)
             done += 1
             if progress is not None:
                 progress(done, asked, kept)
     return [m for name in ids if (m := _read(folder / f"{name}.json")) is not None]
+
+
+def _chosen(screen: Screen | None, values: Sequence[Values], ids: Sequence[str]) -> tuple[set[int], set[int]]:
+    """Places of the pictures to measure, and which of them the screen would have left out."""
+    every = set(range(len(ids)))
+    if screen is None:
+        return every, set()
+    kept = screen.kept(values)
+    checked = screen.drawn({i: ids[i] for i in every - kept})
+    return kept | checked, checked
 
 
 def _batches(rows: Sequence[int], pictures: Sequence[Picture], n: int) -> Iterator[list[int]]:
@@ -120,27 +137,44 @@ def _batches(rows: Sequence[int], pictures: Sequence[Picture], n: int) -> Iterat
 
 
 def _settle(
-    folder: Path, name: str, picture: Picture, before: Measured | None, values: Values, screen: Screen | None
+    folder: Path,
+    name: str,
+    picture: Picture,
+    before: Measured | None,
+    values: Values,
+    screen: Screen | None,
+    *,
+    checked: bool,
 ) -> None:
     """Write down a picture that will not be measured now: it has been, or a screen leaves it out."""
+    by = _by(screen, checked=checked)
     if before is not None and before.status == MEASURED:
-        now = replace(before, companions=_joined(before, values))
+        now = replace(before, companions=_joined(before, values), screen=by if checked else None)
     else:
-        by = None if screen is None else {**spec_of(screen.measure), "share": screen.share}
         now = Measured(name, str(picture.file), picture.caption, {}, _joined(before, values), OUT, by)
     if now != before:
         _write(folder, now)
+
+
+def _by(screen: Screen | None, *, checked: bool) -> dict[str, Any] | None:
+    """A screen as it is kept beside a picture that it leaves out."""
+    if screen is None:
+        return None
+    return {**spec_of(screen.measure), "share": screen.share} | ({"checked": True} if checked else {})
 
 
 def _joined(before: Measured | None, values: Values) -> Values:
     return {**(before.companions if before is not None else {}), **values}
 
 
-def _keep(folder: Path, name: str, picture: Picture, result: Stored, companions: Values) -> Measured:
+def _keep(
+    folder: Path, name: str, picture: Picture, result: Stored, companions: Values, screen: dict[str, Any] | None
+) -> Measured:
     facts = {k: v for k, v in vars(result).items() if k not in ("mu", "s", "tokens", "rate")}
     facts |= {"score": _finite(result.score), "nats": _finite(result.nats)}
     facts["rate"] = None if result.rate is None else [result.rate.value, result.rate.low, result.rate.high]
-    kept = Measured(name, str(picture.file), picture.caption, json.loads(json.dumps(facts)), companions)
+    plain = json.loads(json.dumps(facts))
+    kept = Measured(name, str(picture.file), picture.caption, plain, companions, screen=screen)
     tensors = {"mu": result.mu, "s": result.s, "tokens": result.tokens}
     noise = {k: v.float().cpu().contiguous() for k, v in tensors.items() if v is not None}
     write_whole(folder / f"{name}.safetensors", save_tensors(noise))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 
 SHARE = 0.3
 """What a screen keeps."""
+MOST_CHECKED = 8
+"""Pictures that a screen leaves out and that are measured all the same, unless told otherwise."""
 
 
 def measure(
@@ -87,6 +90,15 @@ def measure(
             show_default=False,
         ),
     ] = None,
+    screen_check: Annotated[
+        int | None,
+        typer.Option(
+            "--screen-check",
+            help="How many of those left out are measured by chance, to see what the screen misses; default one in ten, at most "
+            f"{MOST_CHECKED}.",
+            show_default=False,
+        ),
+    ] = None,
     batch_size: Annotated[int, typer.Option(help="Pictures at a time.")] = 8,
     out: Annotated[Path, typer.Option(help="Where results are kept; the same command continues.")] = Path(
         "mnemoscope-runs/measure"
@@ -112,9 +124,9 @@ def measure(
         raise UsageError(
             "--only runs cheap measures without InvMM, so --with and --screen have nothing to join; leave them out."
         )
-    if screen_share is not None and screen_by is None:
+    if (screen_share is not None or screen_check is not None) and screen_by is None:
         raise UsageError(
-            "--screen-share is a share of what a cheap measure ranks; name it, for instance --screen flipd."
+            "--screen-share and --screen-check are about what a cheap measure ranks; name it, for instance --screen flipd."
         )
     if beta is None and not only and (model not in WORLDS or descriptor != "fingerprint"):
         raise UsageError(
@@ -138,6 +150,10 @@ def measure(
         raise UsageError("--only names no measure; write for instance --only flipd (`mnemoscope ls measures`).")
     chosen_by = Screen(measure_of(screen_by), SHARE if screen_share is None else screen_share) if screen_by else None
     pictures = pictures_in(images, captions)
+    if chosen_by is not None:
+        left_out = len(pictures) - chosen_by.keeps(len(pictures))
+        check = min(MOST_CHECKED, left_out // 10) if screen_check is None else screen_check
+        chosen_by = replace(chosen_by, check=check)
     if caption is not None:
         pictures = [Picture(p.file, caption) for p in pictures]
     target = load(model, dtype=dtype, device=device, **model_options(model_option))
@@ -189,6 +205,10 @@ def _show(found: list[Measured], cheap: Sequence[Measure], by: Screen | None, pr
             f"{out} of {len(found)} pictures were screened out by {by.measure.name}, which kept a share of {by.share:g}: how strongly "
             f"they are stored was not measured."
         )
+        if out:
+            from ..report.measured import missed_words
+
+            screen.say(missed_words([bool(m.result["passed"]) for m in found if m.checked]))
     if as_json:
         screen.show_json([{**vars(m), "result": m.result or None} for m in found])
         return

@@ -416,6 +416,16 @@ def export_text_to_image(pipe: StableDiffusionPipeline, folder: Path) -> None:
     (folder / "mnemoscope.json").write_text(json.dumps({"guidance": GUIDANCE}) + "\n", encoding="utf-8")
 
 
+def unconditional_unet() -> UNet2DModel:
+    """The denoiser of the bundled model without text, with fresh weights."""
+    unet = UNet2DModel(
+        sample_size=8, in_channels=8, out_channels=8, block_out_channels=(80, 96), layers_per_block=1, norm_num_groups=16,
+        down_block_types=("AttnDownBlock2D",) * 2, up_block_types=("AttnUpBlock2D",) * 2, attention_head_dim=16,
+    )  # fmt: skip
+    made: UNet2DModel = unet.to(memory_format=torch.channels_last)
+    return made
+
+
 def train_unconditional(world: Path, steps: int = 6000, n: int = 64) -> None:
     """Latent diffusion without text, in the latents of the same autoencoder; bfloat16 as in :func:`train_text_to_image`.
 
@@ -426,10 +436,7 @@ def train_unconditional(world: Path, steps: int = 6000, n: int = 64) -> None:
     vae = (
         AutoencoderKL.from_pretrained(world / "autoencoder").requires_grad_(False).to(memory_format=torch.channels_last)
     )
-    unet = UNet2DModel(
-        sample_size=8, in_channels=8, out_channels=8, block_out_channels=(80, 96), layers_per_block=1, norm_num_groups=16,
-        down_block_types=("AttnDownBlock2D",) * 2, up_block_types=("AttnUpBlock2D",) * 2, attention_head_dim=16,
-    ).to(memory_format=torch.channels_last)  # fmt: skip
+    unet = unconditional_unet()
     print(f"{sum(p.numel() for p in unet.parameters()) / 1e6:.2f} M parameters", flush=True)
     scheduler = DDIMScheduler(**SCHEDULE)
     trainer = Trainer({"unet": unet}, folder, steps=steps, lr=8e-4, fall=lambda done: min(1, 2 * (1 - done)))

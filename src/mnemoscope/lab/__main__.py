@@ -4,6 +4,7 @@ python -m mnemoscope.lab copies demo-unconditional      score against number of 
 python -m mnemoscope.lab replication demo-unconditional the bound against brute force
 python -m mnemoscope.lab membership demo-unconditional  memorization is not membership
 python -m mnemoscope.lab steps CHECKPOINTS              score against training steps, over a folder of pipelines
+python -m mnemoscope.lab sizes demo-unconditional       score against training-set size; trains three models first
 python -m mnemoscope.lab samplers demo-unconditional    what other samplers make of the noise that was found
 """
 
@@ -12,13 +13,14 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from . import pages, stored
+from . import pages, sizes, stored
 
 STUDIES = {
     "copies": stored.copies,
     "replication": stored.replication,
     "membership": stored.membership,
     "steps": stored.training_steps,
+    "sizes": sizes.sizes,
     "samplers": stored.samplers,
 }
 

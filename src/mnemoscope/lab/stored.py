@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from ..errors import UsageError
 from ..measure import base
 from ..measure.invmm import InvMM, varied
 from ..models import identity
-from ..models.base import Target, noise_from_seeds
+from ..models.base import Condition, Target, noise_from_seeds
 from ..models.load import load
 from ..models.sources import BUNDLED
 from ..records.schema import FORMAT
@@ -39,6 +39,15 @@ MEMBERSHIP = ("denoising-loss", "secmi", "flipd", "critical-noise")
 
 NATURAL = 4096
 """Samples of plain noise for brute force."""
+
+NATURAL_PROMPT = 256
+"""The same for each caption of a model with text."""
+
+GUIDANCE_SCALES = (1.0, 2.0, 3.0, 5.0, 7.0)
+"""Scales at which noise is drawn that was found at another one."""
+
+SCREENED = (0.3, 0.5)
+"""Shares of the pictures that a screen lets through."""
 
 BATCH = 64
 
@@ -60,7 +69,11 @@ def cases(world: World, work: Path, n: int, *, captions: bool) -> list[Case]:
     """The first n pictures of each level, and twice as many held-out ones, as files in ``work``."""
     rows = [row for level in world.levels for row in world.of("planted", copies=level)[:n]]
     held = {row.concept: row for row in reversed(world.of("heldout"))}  # one picture of each
-    rows += list(held.values())[: 2 * n]
+    return as_files(world, rows + list(held.values())[: 2 * n], work, captions=captions)
+
+
+def as_files(world: World, rows: Sequence[Row], work: Path, *, captions: bool = False) -> list[Case]:
+    """Pictures of these rows as files in ``work``."""
     work.mkdir(parents=True, exist_ok=True)
     found = []
     for row, image in zip(rows, world.pictures([r.picture for r in rows]), strict=True):
@@ -114,7 +127,7 @@ def copies(model: str, work: Path, n: int) -> Finding:
         at = [m for m, c in zip(found, some, strict=True) if c.copies == level]
         rows.append(_level_row(f"{level} copies" if level else "held out", at))
     text = "\n\n".join([
-        _measured_by("copies", model, method, some, n),
+        measured_by("copies", model, method, some, n),
         table(["copies per epoch", "reproduced", "nats per dimension: least, median, most", "nats in all, median", "F + B, median"], rows),
         f"Spearman's ρ of score and ln(copies), trained pictures: {_words(rho)}. AUC of {highest} copies against {lowest}: "
         f"{_words(often)}; of trained against held-out pictures: {_words(member)}.",
@@ -122,7 +135,7 @@ def copies(model: str, work: Path, n: int) -> Finding:
     facts = {
         "model": target.identity()["fingerprint"], "preset": asdict(method.preset), "beta": method.beta, "machine": machine(),
         "rho": _plain(rho), "often_against_once": _plain(often), "trained_against_heldout": _plain(member),
-        "pictures": [{"picture": c.row.picture, "copies": c.copies, "score": _finite(m.score), "paid": m.result["paid"],
+        "pictures": [{"picture": c.row.picture, "copies": c.copies, "score": finite(m.score), "paid": m.result["paid"],
                       "forwards": m.result["forwards"], "backwards": m.result["backwards"]} for c, m in zip(some, found, strict=True)],
     }  # fmt: skip
     points = [(c.copies, m) for c, m in zip(some, found, strict=True)]
@@ -134,7 +147,7 @@ def _write_levels(file: Path, method: InvMM, some: Sequence[Case], found: Sequen
     """Scores by dose as pages of measured pictures read them; the package carries one such file for a model."""
     levels: dict[int, list[float | None]] = {}
     for case, m in zip(some, found, strict=True):
-        levels.setdefault(case.copies, []).append(_finite(m.score))
+        levels.setdefault(case.copies, []).append(finite(m.score))
     facts = {
         "format": FORMAT, "target": method.target.identity(), "preset": asdict(method.preset), "beta": method.beta,
         "descriptor": method.descriptor.identity(), "levels": levels,
@@ -169,7 +182,7 @@ def _spread(passed: Sequence[float], middle: float, n: int) -> str:
     """Least, median and most; the most of those reproduced where others were not."""
     if not passed:
         return "–"
-    return f"{passed[0]:.4f}, {_or_censored(middle)}, {passed[-1]:.4f}" + (" (reproduced)" if len(passed) < n else "")
+    return f"{passed[0]:.4f}, {or_censored(middle)}, {passed[-1]:.4f}" + (" (reproduced)" if len(passed) < n else "")
 
 
 # The bound against brute force
@@ -180,17 +193,11 @@ def replication(model: str, work: Path, n: int) -> Finding:
     world, target, method = setting(model)
     some = [c for c in cases(world, work / "pictures", n, captions=target.has_text) if c.copies]
     found = results(method, some, work / model)
-    if target.has_text:
-        raise UsageError("brute force needs one set of samples for all pictures: use a model without text.")
-    hits = torch.zeros(len(some), dtype=torch.long)
-    own = method.descriptor(world.pictures([c.row.picture for c in some]))
-    for start in range(0, NATURAL, BATCH):
-        noise = noise_from_seeds(range(start, start + BATCH), 1, target.latent_shape).to(target.device)
-        similar = method.descriptor(method.drawn(noise, None, None)) @ own.T
-        hits += (similar >= method.beta).sum(0).cpu()
+    samples = NATURAL_PROMPT if target.has_text else NATURAL
+    hits = (_prompted if target.has_text else _plain_hits)(world, method, some, found, samples)
     rows, facts, holds = [], [], 0
-    for case, m, k in zip(some, found, hits.tolist(), strict=True):
-        seen, least = stats.clopper_pearson(k, NATURAL), m.result["at_least"]
+    for case, m, k in zip(some, found, hits, strict=True):
+        seen, least = stats.clopper_pearson(k, samples), m.result["at_least"]
         claimed = least is not None
         holds += claimed and least <= seen.high
         facts.append(
@@ -199,19 +206,48 @@ def replication(model: str, work: Path, n: int) -> Finding:
         if claimed:
             rows.append([
                 case.row.picture, str(case.copies), f"{m.result['nats']:.2f}", "{}/{}".format(*m.result["succeeded"]),
-                f"{least:.2g}", f"{k / NATURAL:.2%} [{seen.low:.2%}, {seen.high:.2%}]",
+                f"{least:.2g}", f"{k / samples:.2%} [{seen.low:.2%}, {seen.high:.2%}]",
             ])  # fmt: skip
     told = [f for f in facts if f["at_least"] is not None]
     rank = spearmanr([f["nats"] for f in told], [f["hits"] for f in told]).statistic if len(told) > 2 else math.nan
     text = "\n\n".join([
-        _measured_by("replication", model, method, some, n) + f" {NATURAL} samples of plain noise by the sampler of the tests.",
+        measured_by("replication", model, method, some, n) + f" {samples} samples of plain noise by the sampler of the tests"
+        + (", for each picture with its caption and the guidance scale of its score." if target.has_text else "."),
         table(["picture", "copies", "nats", "fresh draws", "plain noise leads to it in at least", "and in fact in"], rows),
         f"The bound holds for {holds} of {len(told)} pictures that were reproduced (at the upper end of the 95 % interval). "
         f"Spearman's ρ of nats and observed rate: {rank:.2f}.",
     ])  # fmt: skip
     return Finding(
-        f"replication-{model}", "stored.md", text, {"samples": NATURAL, "pictures": facts, "rho": _finite(float(rank))}
+        f"replication-{model}", "stored.md", text, {"samples": samples, "pictures": facts, "rho": finite(float(rank))}
     )
+
+
+def _plain_hits(
+    world: World, method: InvMM, some: Sequence[Case], found: Sequence[Measured], samples: int
+) -> list[int]:
+    """How many of the same samples are each of the pictures."""
+    target, hits = method.target, torch.zeros(len(some), dtype=torch.long)
+    own = method.descriptor(world.pictures([c.row.picture for c in some]))
+    for start in range(0, samples, BATCH):
+        noise = noise_from_seeds(range(start, start + BATCH), 1, target.latent_shape).to(target.device)
+        similar = method.descriptor(method.drawn(noise, None, None)) @ own.T
+        hits += (similar >= method.beta).sum(0).cpu()
+    return hits.tolist()
+
+
+def _prompted(world: World, method: InvMM, some: Sequence[Case], found: Sequence[Measured], samples: int) -> list[int]:
+    """How many samples of each picture's own caption are that picture; of those that were not reproduced, none are drawn."""
+    target, hits = method.target, []
+    noise = noise_from_seeds(range(samples), 1, target.latent_shape).to(target.device)
+    for case, m in zip(some, found, strict=True):
+        if not m.result["passed"]:
+            hits.append(0)
+            continue
+        own = method.descriptor(world.pictures([case.row.picture]))[0]
+        cond = target.encode([case.row.caption])
+        pictures = [method.drawn(part, cond.expand(len(part)), m.result["scale"]) for part in noise.split(BATCH)]
+        hits.append(sum(int((method.descriptor(part) @ own >= method.beta).sum()) for part in pictures))
+    return hits
 
 
 # Memorization is not membership
@@ -240,29 +276,43 @@ def membership(model: str, work: Path, n: int) -> Finding:
         }
         rows.append([name, *(_words(v) for v in of.values())])
         facts[name] = {k: _plain(v) for k, v in of.items()}
+    passed = np.array([m.result["passed"] for m in found])
+    screened = [_missed(name, scores[name], passed) for name in MEMBERSHIP]
     text = "\n\n".join([
-        _measured_by("membership", model, method, some, n),
+        measured_by("membership", model, method, some, n),
         table(["measure", "AUC, trained against held out", f"AUC, {lowest} copy per epoch against held out",
                f"AUC, {highest} copies against {lowest}"], rows),
+        f"As a screen: of the {int(passed.sum())} pictures that InvMM reproduced, how many are among those that the cheap "
+        f"measure finds most suspicious?",
+        table(["screen", *(f"share of {share:g}" for share in SCREENED)], screened),
     ])  # fmt: skip
     return Finding(f"membership-{model}", "stored.md", text, facts)
+
+
+def _missed(name: str, scores: np.ndarray, passed: np.ndarray) -> list[str]:
+    """What a screen lets through of the pictures that were reproduced, at each share."""
+    order = np.argsort(-scores, kind="stable")
+    cells = []
+    for share in SCREENED:
+        k = int(passed[order[: math.ceil(share * len(order) - 1e-9)]].sum())
+        seen = stats.clopper_pearson(k, max(1, int(passed.sum())))
+        cells.append(f"{k} of {int(passed.sum())} [{seen.low:.0%}, {seen.high:.0%}]")
+    return [name, *cells]
 
 
 # Score against training steps
 
 
 def training_steps(folder: str, work: Path, n: int) -> Finding:
-    """The same pictures in every checkpoint of one training."""
-    checkpoints = (
-        sorted(p for p in Path(folder).iterdir() if (p / "model_index.json").exists()) if Path(folder).is_dir() else []
-    )
+    """The same pictures in checkpoints of one training."""
+    checkpoints = _doubling(Path(folder))
     if not checkpoints:
         raise UsageError(f"{folder} holds no pipelines; name the checkpoints folder of mnemoscope.demo.train.")
     world = World("unconditional")
     some = cases(world, work / "pictures", n, captions=False)
     rows: list[list[str]] = []
     facts: dict[str, dict[int, list[float | None]]] = {}
-    lines: dict[int, list[tuple[int, float]]] = {}
+    lines: dict[str, list[tuple[int, float]]] = {}
     for checkpoint in checkpoints:
         target = load(str(checkpoint), dtype="float32")
         method = InvMM(target, world.reference.descriptor, varied(target), beta=world.same_picture)
@@ -270,16 +320,29 @@ def training_steps(folder: str, work: Path, n: int) -> Finding:
         row = []
         for level in [*world.levels[::-1], 0]:
             at = [m.score for m, c in zip(found, some, strict=True) if c.copies == level]
-            row.append(f"{sum(map(math.isfinite, at))}/{len(at)}, {_or_censored(sorted(at)[(len(at) - 1) // 2])}")
-            facts.setdefault(checkpoint.name, {})[level] = [_finite(v) for v in at]
-            lines.setdefault(level, []).append((int(checkpoint.name), sum(map(math.isfinite, at)) / len(at)))
+            row.append(f"{sum(map(math.isfinite, at))}/{len(at)}, {or_censored(sorted(at)[(len(at) - 1) // 2])}")
+            facts.setdefault(checkpoint.name, {})[level] = [finite(v) for v in at]
+            lines.setdefault(f"{level} copies" if level else "held out", []).append(
+                (int(checkpoint.name), sum(map(math.isfinite, at)) / len(at))
+            )
         rows.append([str(int(checkpoint.name)), *row])
     text = "\n\n".join([
-        _measured_by("steps", folder, method, some, n),
+        measured_by("steps", folder, method, some, n),
         table(["training steps", *(f"{k} copies" if k else "held out" for k in [*world.levels[::-1], 0])], rows),
         "Each cell: pictures reproduced, and the median score in nats per dimension.",
     ])  # fmt: skip
-    return Finding("training-steps", "stored.md", text, facts, _lines(lines))
+    return Finding("training-steps", "stored.md", text, facts, lines_plot(lines, "training steps"))
+
+
+def _doubling(folder: Path) -> list[Path]:
+    """Pipelines in folders named by their step, each at least twice as late as the one before, and the last."""
+    known = sorted(folder.iterdir()) if folder.is_dir() else []
+    every = [p for p in known if p.name.isdigit() and (p / "model_index.json").exists()]
+    chosen = every[:1]
+    for p in every:
+        if int(p.name) >= 2 * int(chosen[-1].name):
+            chosen.append(p)
+    return list(dict.fromkeys([*chosen, *every[-1:]]))
 
 
 # Other samplers
@@ -292,25 +355,30 @@ def samplers(model: str, work: Path, n: int) -> Finding:
     found = results(method, some, work / model)
     kept = [(c, m) for c, m in zip(some, found, strict=True) if m.result["passed"]]
     tried: dict[str, Callable[[], Target]] = {
-        f"DDIM, {k} steps": lambda: target for k in (method.preset.steps, 20, 50, 200)
+        f"DDIM, {k} steps": lambda: target for k in dict.fromkeys((method.preset.steps, 20, 50, 200))
     } | {name: _with_sampler(model, name) for name in ("DPM-Solver++, 20 steps", "Euler, 50 steps", "DDPM, 50 steps")}
+    if target.has_text:
+        tried |= {f"DDIM, {method.preset.steps} steps, guidance {g:g}": lambda: target for g in GUIDANCE_SCALES}
     rows, facts = [], {}
     for name, made in tried.items():
-        steps, rates = int(name.split(", ")[1].split()[0]), []
+        parts, rates = name.split(", "), []
+        steps = int(parts[1].split()[0])
         noisy = name.startswith("DDPM")  # draws noise of its own, from the target as it is
-        other = target if noisy else made()
+        other = _on(method, target if noisy else made())
         for case, m in kept:
             noise = load_file(work / model / "pictures" / f"{m.id}.safetensors")
             eps = noise_from_seeds(range(32), 2, target.latent_shape)
             x = noise["mu"] + (noise["s"] / 2).exp() * eps
+            cond = target.encode([case.row.caption]).expand(len(x)) if target.has_text else None
+            scale = float(parts[2].split()[1]) if len(parts) > 2 else m.result["scale"]
             own = method.descriptor(world.pictures([case.row.picture]))[0]
-            pictures = _ancestral(target, x, steps) if noisy else _on(method, other).drawn(x, None, None, steps)
+            pictures = _ancestral(target, x, cond, scale, steps) if noisy else other.drawn(x, cond, scale, steps)
             rates.append(float((method.descriptor(pictures) @ own >= method.beta).float().mean()))
         middle = stats.clustered(lambda v: float(np.mean(v)), np.array(rates), np.arange(len(rates)), share=True)
         rows.append([name, _words(middle), f"{sum(r >= 0.5 for r in rates)} of {len(rates)}"])
         facts[name] = rates
     text = "\n\n".join([
-        _measured_by("samplers", model, method, some, n) + " 32 draws of the noise found for each of the reproduced pictures.",
+        measured_by("samplers", model, method, some, n) + " 32 draws of the noise found for each of the reproduced pictures.",
         table(["sampler", "draws that are the picture", "pictures that most draws lead to"], rows),
     ])  # fmt: skip
     return Finding(f"samplers-{model}", "stored.md", text, facts)
@@ -336,22 +404,28 @@ def _with_sampler(model: str, name: str) -> Callable[[], Target]:
 
 
 @torch.no_grad()
-def _ancestral(target: Any, x: torch.Tensor, steps: int) -> torch.Tensor:
+def _ancestral(target: Any, x: torch.Tensor, cond: Condition | None, scale: float | None, steps: int) -> torch.Tensor:
     """Pictures by DDPM's own sampler, which draws noise at every step."""
     from diffusers import DDPMScheduler
 
     scheduler = DDPMScheduler.from_config(target._scheduler.config, timestep_spacing="trailing")
     scheduler.set_timesteps(steps)
     generator = torch.Generator("cpu").manual_seed(0)
+    null = None if cond is None else target.encode([""]).expand(len(x))
     for t in scheduler.timesteps:
-        x = scheduler.step(target.output(x, t, None), t, x, generator=generator).prev_sample
+        out = target.output(x, t, cond)
+        if scale is not None and scale > 1:
+            base = target.output(x, t, null)
+            out = base + scale * (out - base)
+        x = scheduler.step(out, t, x, generator=generator).prev_sample
     return target.decode(x)
 
 
 # Words and drawings
 
 
-def _measured_by(study: str, model: str, method: InvMM, some: Sequence[Case], n: int) -> str:
+def measured_by(study: str, model: str, method: InvMM, some: Sequence[Case], n: int) -> str:
+    """The line above every table: the command, the machine, and what scores depend on."""
     command = f"python -m mnemoscope.lab {study} {model} --pictures {n}"
     return (
         f"Measured by `{command}` on {machine()}: {len(some)} pictures, preset {method.preset.name}, tests by DDIM "
@@ -367,11 +441,13 @@ def _plain(interval: stats.Interval) -> list[float]:
     return [round(v, 4) for v in (interval.value, interval.low, interval.high)]
 
 
-def _finite(value: float) -> float | None:
+def finite(value: float) -> float | None:
+    """As JSON knows it: no infinity."""
     return value if math.isfinite(value) else None
 
 
-def _or_censored(score: float) -> str:
+def or_censored(score: float) -> str:
+    """A score in words."""
     return f"{score:.4f}" if math.isfinite(score) else "censored"
 
 
@@ -407,13 +483,13 @@ def _strips(points: Iterable[tuple[int, Measured]], levels: Sequence[int]) -> st
     )
 
 
-def _lines(lines: dict[int, list[tuple[int, float]]]) -> str:
-    """Share of pictures reproduced against training steps, a line for each level."""
+def lines_plot(lines: Mapping[str, list[tuple[int, float]]], axis: str) -> str:
+    """Share of pictures reproduced against something, a line for each kind of picture."""
     steps = [s for points in lines.values() for s, _ in points]
     x, y = svg.fit(steps, 70, 600, log=False), svg.Scale(0.0, 1.0, 260, 30)
-    marks = [svg.x_axis(x, 260, "training steps"), svg.y_axis(y, 70, "pictures reproduced", as_percent=True)]
+    marks = [svg.x_axis(x, 260, axis), svg.y_axis(y, 70, "pictures reproduced", as_percent=True)]
     ends = svg.spread([y(points[-1][1]) for points in lines.values()], 15, 30, 260)
-    for (level, points), end in zip(lines.items(), ends, strict=True):
+    for (kind, points), end in zip(lines.items(), ends, strict=True):
         marks.append(svg.polyline([(x(s), y(v)) for s, v in points], "line"))
-        marks.append(svg.text(608, end + 4, f"{level} copies" if level else "held out"))
-    return _alone(str(svg.drawing(720, 310, "Reproduced against training steps", "A line for each level.", *marks)))
+        marks.append(svg.text(608, end + 4, kind))
+    return _alone(str(svg.drawing(720, 310, f"Reproduced against {axis}", "A line for each kind of picture.", *marks)))

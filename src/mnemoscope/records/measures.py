@@ -105,7 +105,8 @@ class Entry(_Stored):
     result: Result | None = None
     companions: dict[str, float | None] = Field(default_factory=dict)
     screen: dict[str, Any] | None = None
-    """What left the picture out: a cheap measure's ``name`` and options, and the share that it kept."""
+    """What left the picture out: a cheap measure's ``name`` and options, and the share that it kept; ``checked`` if it was measured
+    all the same."""
     status_: str | None = Field(None, alias="status")
 
     @property
@@ -114,6 +115,11 @@ class Entry(_Stored):
         if self.result is None or self.status_ == "screened out":
             return "screened out"
         return "reproduced" if self.result.passed else "censored"
+
+    @property
+    def checked(self) -> bool:
+        """Whether a screen would have left it out, and it was measured to see what the screen misses."""
+        return self.status != "screened out" and bool(self.screen and self.screen.get("checked"))
 
     @property
     def numbers(self) -> Result:

@@ -23,7 +23,7 @@ from ..stats import Interval, Roc
 from . import plots
 from .archive import sha256_file
 from .findings import Finding
-from .measured import Beside, beside
+from .measured import Beside, beside, beside_run, plain
 from .pictures import Picture, Pictures
 from .regions import read_regions
 from .summary import Group, Summary, read_summary
@@ -89,6 +89,8 @@ def write_markdown(
     """Write the numbers of the report, without pictures, as ``report.md``; arguments and errors as :func:`write_report`."""
     folders = _folders(run_folder)
     views = [_facts(folder, detector) for folder in folders]
+    for folder, facts in zip(folders, views, strict=True):
+        facts["measured"] = beside(folder, facts["summary"].findings, facts["axis"], pictures=False)
     page = environment(escape=False).get_template("report.md.jinja").render(views=views)
     return _write(_target(folders, out, "md"), page)
 
@@ -96,9 +98,15 @@ def write_markdown(
 def write_json(
     run_folder: Folder | Sequence[Folder], out: Folder | None = None, *, detector: str | None = None
 ) -> Path:
-    """Write :meth:`Summary.to_dict` as ``report.json`` (a list of them for several runs); otherwise as :func:`write_report`."""
+    """Write :meth:`Summary.to_dict` as ``report.json`` (a list of them for several runs); otherwise as :func:`write_report`.
+
+    Pictures that were measured with the run stand under ``measured``, as in the JSON of a measured folder.
+    """
     folders = _folders(run_folder)
     found = [read_summary(folder, detector=detector).to_dict() for folder in folders]
+    for folder, facts in zip(folders, found, strict=True):
+        if (measures := beside_run(folder)) is not None:
+            facts["measured"] = plain(measures)
     content = found[0] if len(found) == 1 else found
     return _write(
         _target(folders, out, "json"), json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"

@@ -25,9 +25,12 @@ __all__ = [
     "Card",
     "Pair",
     "beside",
+    "beside_run",
     "bound_words",
     "cards",
     "headline",
+    "missed_words",
+    "plain",
     "score_words",
     "strip",
     "trace",
@@ -127,6 +130,7 @@ def untested(measures: Measures, levels: Levels) -> list[str]:
             f"{prompts(n, 'picture')} {verb(n, 'was', 'were')} not tried, because a cheap measure{by} found "
             f"others more suspicious: nothing is known of {verb(n, 'its score', 'their scores')}."
         )
+        found.append(missed_words([e.status == "reproduced" for e in measures.entries if e.checked]))
     if levels.why:
         found.append(levels.why)
     if scales := p.get("scales"):
@@ -143,6 +147,16 @@ ALWAYS_OPEN = (
     "that it never saw.",
 )
 """What no score of one picture says."""
+
+
+def missed_words(reproduced: Sequence[bool]) -> str:
+    """What a screen misses: whether each picture that it left out, and that was measured by chance, was reproduced."""
+    if not reproduced:
+        return "What the screen misses was not looked at: none of the pictures that it left out was measured."
+    share = Share.of(sum(reproduced), len(reproduced))
+    return (
+        f"Of pictures that the screen left out, drawn by chance and measured, this many were reproduced: {share.words}."
+    )
 
 
 def companion_names(entries: Iterable[Entry]) -> list[str]:
@@ -336,21 +350,36 @@ class Beside:
     notes: list[str]
 
 
-def beside(run: Path, findings: Sequence[Finding], axis: str) -> Beside | None:
-    """What ``measures/`` of a run says beside its prompts; None: no pictures were measured.
+def beside_run(run: Path) -> Measures | None:
+    """Pictures that were measured with a run's model, in its ``measures/``; None: none were.
 
     Raises:
         RunError: the measures are damaged.
     """
     folder = run / "measures"
-    if not folder.is_dir():
+    return Measures.read(folder) if folder.is_dir() else None
+
+
+def beside(run: Path, findings: Sequence[Finding], axis: str, *, pictures: bool = True) -> Beside | None:
+    """What ``measures/`` of a run says beside its prompts; None: no pictures were measured.
+
+    Args:
+        run: The run folder.
+        findings: Its prompts.
+        axis: What their scores are called.
+        pictures: Whether pictures and the plot are made.
+
+    Raises:
+        RunError: the measures are damaged.
+    """
+    found = beside_run(run)
+    if found is None:
         return None
-    found = Measures.read(folder)
     audited = {f.prompt: f for f in reversed(findings)}
-    kept = Pictures(folder)
+    kept = Pictures(run / "measures")
     pairs = [
         Pair(e, audited.get(e.caption) if e.caption else None, Path(e.image).name, score_words(e), status_words(e),
-             kept.kept(target_file(e.id), SMALL))
+             kept.kept(target_file(e.id), SMALL) if pictures else Picture(None))
         for e in found.entries
     ]  # fmt: skip
     pairs.sort(key=lambda p: p.finding is None)
@@ -358,7 +387,8 @@ def beside(run: Path, findings: Sequence[Finding], axis: str) -> Beside | None:
         p for p in pairs if p.finding is not None and p.finding.score is not None and p.entry.status != "screened out"
     ]
     return Beside(
-        headline(found), pairs, sum(p.finding is not None for p in pairs), _scatter(both, axis) if len(both) > 1 else None,
+        headline(found), pairs, sum(p.finding is not None for p in pairs),
+        _scatter(both, axis) if pictures and len(both) > 1 else None,
         str(found.request.preset.get("name", "")), untested(found, found.levels()),
     )  # fmt: skip
 
