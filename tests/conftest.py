@@ -15,6 +15,7 @@ import pytest
 
 OFFICIAL = Path(__file__).parent / "reference" / "official_wen"
 TEXT_KINDS = ("sd", "sd-v", "sd-x0", "sd2")
+FLOW_KINDS = ("sd3", "sd35")
 IMAGE_KINDS = ("pixel", "gray", "ldm-kl", "ldm-vq")
 
 
@@ -26,7 +27,7 @@ def official_wen() -> Path:
 
 @pytest.fixture(scope="session")
 def build_pipe() -> Callable[..., Any]:
-    """``build_pipe(kind, seed=0)``: a fresh diffusers pipeline of one of TEXT_KINDS or IMAGE_KINDS."""
+    """``build_pipe(kind, seed=0)``: a fresh diffusers pipeline of one of TEXT_KINDS, FLOW_KINDS or IMAGE_KINDS."""
     return build
 
 
@@ -54,7 +55,8 @@ def build(kind: str, seed: int = 0) -> Any:
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        pipe = _text_pipe(kind) if kind in TEXT_KINDS else _image_pipe(kind)
+        make = _text_pipe if kind in TEXT_KINDS else _flow_pipe if kind in FLOW_KINDS else _image_pipe
+        pipe = make(kind)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -109,6 +111,73 @@ def _text_pipe(kind: str) -> Any:
         feature_extractor=None,
         requires_safety_checker=False,
     )
+
+
+def _flow_pipe(kind: str) -> Any:
+    from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+    from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
+
+    def clip(width: int, **options: Any) -> tuple[Any, Any]:
+        tokenizer = CLIPTokenizer.from_pretrained(OFFICIAL / "model" / "tokenizer", **options)
+        config = CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=width,
+            intermediate_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            projection_dim=width,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+        return CLIPTextModelWithProjection(config).eval(), tokenizer
+
+    (first, words), (second, words_2) = clip(8), clip(16, pad_token="!")
+    later = kind == "sd35"
+    t5, words_3 = (None, None) if later else _t5(32)
+    transformer = SD3Transformer2DModel(
+        sample_size=8,
+        patch_size=2,
+        in_channels=16,
+        out_channels=16,
+        num_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        caption_projection_dim=16,
+        joint_attention_dim=32,
+        pooled_projection_dim=24,
+        pos_embed_max_size=12,
+        dual_attention_layers=(0,) if later else (),
+        qk_norm="rms_norm" if later else None,
+    )
+    vae = _kl(16, 2)
+    vae.register_to_config(scaling_factor=1.5305, shift_factor=0.0609)
+    return StableDiffusion3Pipeline(
+        transformer=transformer.eval(),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=vae,
+        text_encoder=first,
+        tokenizer=words,
+        text_encoder_2=second,
+        tokenizer_2=words_2,
+        text_encoder_3=t5,
+        tokenizer_3=words_3,
+    )
+
+
+def _t5(width: int) -> tuple[Any, Any]:
+    """An encoder and a tokenizer of single signs and a few words, whose scores make whole words likelier."""
+    import string
+
+    from transformers import T5Config, T5EncoderModel, T5TokenizerFast
+
+    signs = string.ascii_letters + string.digits + string.punctuation
+    words = ("a", "cat", "dog", "three", "white", "dots", "on", "red", "field")
+    known = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -9.0), ("▁", -2.0)]
+    vocab = [*known, *((sign, -5.0) for sign in signs), *((f"▁{word}", -3.0) for word in words)]
+    tokenizer = T5TokenizerFast(vocab=vocab, extra_ids=0)
+    config = T5Config(vocab_size=len(tokenizer), d_model=width, d_kv=8, d_ff=32, num_layers=2, num_heads=2)
+    return T5EncoderModel(config).eval(), tokenizer
 
 
 def _image_pipe(kind: str) -> Any:

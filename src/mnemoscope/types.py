@@ -31,7 +31,7 @@ class Step:
 
     Attributes:
         index: Position in the sampler's schedule; 0 is the first step, on pure noise.
-        t: The model's own time at this step (a training timestep for DDPM-type models, in [0, 1] for flows).
+        t: The model's own time at this step (a training timestep for DDPM-type models; for flows 1000 σ, and σ itself in closed forms).
         x: What the denoiser is shown, x_t = α_t x₀ + σ_t ε, ``[batch, channel, height, width]``. (Samplers that work in
             σ-space keep their state in another scale; it does not leave them.)
         cond: Prediction with the prompt, in ``space``, float32 or better, same shape as ``x``. For a model without text, the

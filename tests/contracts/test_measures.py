@@ -14,7 +14,7 @@ from mnemoscope.models.gaussian import Gaussian
 from mnemoscope.plugins import installed
 
 NAMES = sorted({entry.name for entry in entry_points(group="mnemoscope.measures")})
-NETWORKS = ("sd", "sd-v", "sd-x0", "pixel", "gray", "ldm-kl")
+NETWORKS = ("sd", "sd-v", "sd-x0", "sd3", "pixel", "gray", "ldm-kl")
 WORLDS = {"gaussian": {}, "gaussian-v": {"v_prediction": True}, "gaussian-flow": {"space": "velocity"}}
 BRIEF = {"critical-noise": {"iterations": 2, "levels": 3}, "denoising-loss": {"draws": 4}, "secmi": {"time": 30}}
 """Options that make a contract no weaker and a network's work less."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from itertools import takewhile
 
 import pytest
 import torch
@@ -20,8 +21,8 @@ CLOSED = {
     "gaussian-flow": lambda **options: Gaussian.tiny(space="velocity", **options),
     "mixture": Mixture.tiny,
 }
-TEXT = ["sd", "sd-v", "sd-x0", "sd2", *CLOSED]
-NETWORKS = ["sd", "sd2", "pixel", "gray", "ldm-kl", "ldm-vq"]
+TEXT = ["sd", "sd-v", "sd-x0", "sd2", "sd3", "sd35", *CLOSED]
+NETWORKS = ["sd", "sd2", "sd3", "pixel", "gray", "ldm-kl", "ldm-vq"]
 ALL = [*TEXT, "pixel", "gray", "ldm-kl", "ldm-vq"]
 PROMPTS = ["a cat", "three white dots on a red field"]
 
@@ -136,7 +137,11 @@ def test_every_position_stands_for_something(target):
     for prompt in ["", *PROMPTS]:
         pieces = target.pieces(prompt)
         assert len(pieces) == target.encode([prompt]).tokens.shape[1]
-        assert [p.text for p in pieces if p.kind == "text"] == target.tokens(prompt)
+        # Further encoders spell the prompt once more.
+        first = list(takewhile(lambda p: p.kind in ("start", "text"), pieces))
+        assert [p.text for p in first if p.kind == "text"] == target.tokens(prompt)
+        spelled = {i for p in first for i in range(p.start, p.end)}
+        assert {i for p in pieces for i in range(p.start, p.end)} == spelled
         for piece in pieces:
             assert 0 <= piece.start <= piece.end <= len(prompt)
             assert (piece.kind == "text") is (piece.end > piece.start)
@@ -152,8 +157,9 @@ def test_gradients_flow_to_the_tokens(target):
     assert (tokens.grad.abs().sum((1, 2)) > 0).all()
 
 
-# Not the mixture: an ordinary prompt excludes the memorized picture, and at the weight 0 its gradient is one-sided.
-@pytest.mark.parametrize("double", [kind for kind in TEXT if kind != "mixture"], indirect=True)
+# Not the mixture: an ordinary prompt excludes the memorized picture, and at the weight 0 its gradient is one-sided. Not sd35: its
+# norms of queries and keys compute in float32.
+@pytest.mark.parametrize("double", [kind for kind in TEXT if kind not in ("mixture", "sd35")], indirect=True)
 def test_gradient_of_the_magnitude_is_its_finite_difference(double):
     """∂‖ε(x, e_p) − ε(x, e_∅)‖/∂e_p, per image: along itself, along single tokens, and not at all along the null prompt."""
     noise, cond, null = double.noise([0, 1]), double.encode(PROMPTS), double.encode([""])

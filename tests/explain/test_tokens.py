@@ -299,14 +299,14 @@ def test_a_prompt_longer_than_the_window(target_of):
 def test_alignment_of_prompts_with_several_encoders():
     """Two encoders stand one after the other; an edit moves tokens inside its own block only."""
     from mnemoscope.explain.tokens import _block_end
-    from mnemoscope.explain.words import Word
     from mnemoscope.models.base import Piece
 
     one = [Piece("", "start"), Piece("a", "text", 0, 1), Piece("", "end"), Piece("", "padding")]
     pieces = [*one, Piece("a", "text", 0, 1), Piece("", "end")]
-    assert _block_end(pieces, Word("a", 0, 1, (1,))) == 4
-    assert _block_end(pieces, Word("a", 0, 1, (4,))) == 6
-    assert _block_end(one + one, Word("a", 0, 1, (1,))) == 4
+    assert _block_end(pieces, 1) == 4
+    assert _block_end(pieces, 4) == 6
+    assert _block_end(one + one, 1) == 4
+    assert _block_end([*one, *one[2:]], 1) == 4  # an encoder that is left out stands as an end and padding
 
 
 def test_block_members_are_words_and_the_rest(target_of):

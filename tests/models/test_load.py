@@ -224,7 +224,8 @@ def test_single_file(saved, build_pipe, tmp_path):
 
 
 def test_single_file_in_words(saved, tmp_path):
-    lora, other, both = (tmp_path / f"{n}.safetensors" for n in ("lora", "other", "offline"))
+    lora, other, both, flow = (tmp_path / f"{n}.safetensors" for n in ("lora", "other", "offline", "flow"))
+    save_file({"model.diffusion_model.joint_blocks.0.x_block.attn.qkv.weight": torch.zeros(1)}, flow)
     save_file({"unet.lora_A.weight": torch.zeros(1)}, lora)
     save_file({"conditioner.weight": torch.zeros(1)}, other)
     save_file({"cond_stage_model.transformer.x": torch.zeros(1)}, both)
@@ -233,6 +234,7 @@ def test_single_file_in_words(saved, tmp_path):
     (tmp_path / "notes.txt").write_text("hello")
     for file, sentence in {
         "lora.safetensors": "looks like a LoRA: give its base model here",
+        "flow.safetensors": "looks like a Stable Diffusion 3 checkpoint in one file: give its pipeline folder",
         "other.safetensors": "is not a Stable Diffusion 1 or 2 checkpoint",
         "offline.safetensors": "its configuration is neither in the cache nor to be had from the hub; give a local pipeline folder",
         "broken.safetensors": "could not be opened",
@@ -374,7 +376,8 @@ def test_weights_that_do_not_fit(folder):
     ("pipeline", "sentence"),
     [
         ("FluxPipeline", "its guidance is distilled, so one call makes no prediction without the prompt"),
-        ("StableDiffusion3Pipeline", "rectified-flow models come later"),
+        ("StableDiffusion3InpaintPipeline", "inpainting models need a picture as input"),
+        ("StableDiffusion3ControlNetPipeline", "its denoiser needs a picture beside the prompt"),
         ("StableDiffusionXLPipeline", "Stable Diffusion XL comes later"),
         ("LatentConsistencyModelPipeline", "distilled with guidance inside"),
         ("StableDiffusionInpaintPipeline", "inpainting models need a picture as input"),

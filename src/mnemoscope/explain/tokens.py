@@ -36,7 +36,7 @@ from torch import Tensor
 from ..detect.calibrate import Calibration, setting_of
 from ..detect.magnitude import TokenGradients, gradient, magnitude
 from ..errors import CannotAudit, ModelFault, UnknownName, UsageError
-from ..models.base import Condition, Target
+from ..models.base import Condition, Piece, Target
 from ..models.sampling import denoise, null_output, same_where
 from ..types import Latents, PerSample, precise
 from .words import Word, rest_of, without, words_of
@@ -230,10 +230,12 @@ class Block:
         places = []
         for pieces, words in zip(self.pieces, self.words, strict=True):
             for word in words:
-                place, first, last = list(range(len(pieces))), word.positions[0], _block_end(pieces, word)
-                stay = [i for i in range(first, last) if i not in word.positions]
-                for new, old in zip(range(first, last), [*stay, *(i for i in word.positions if i < last)], strict=True):
-                    place[old] = new
+                place = list(range(len(pieces)))
+                for first, last in _stretches(pieces, word):
+                    stay = [i for i in range(first, last) if i not in word.positions]
+                    own = [i for i in word.positions if first <= i < last]
+                    for new, old in zip(range(first, last), [*stay, *own], strict=True):
+                        place[old] = new
                 places.append(place)
         return places
 
@@ -246,13 +248,22 @@ class Block:
         return replace(self.rows, tokens=torch.lerp(self.null.tokens, self.rows.tokens, share))
 
 
-def _block_end(pieces: Sequence[Any], word: Word) -> int:
-    """One past the last position that the word's own encoder filled; several encoders stand one after the other."""
-    i = word.positions[0] + 1
+def _stretches(pieces: Sequence[Piece], word: Word) -> Iterator[tuple[int, int]]:
+    """From the word's first position in each encoder to one past the encoder's last; encoders stand one after the other."""
+    last = 0
+    for i in word.positions:
+        if i >= last:
+            last = _block_end(pieces, i)
+            yield i, last
+
+
+def _block_end(pieces: Sequence[Piece], start: int) -> int:
+    """One past the last position that the encoder of position ``start`` filled."""
+    i = start + 1
     while (
         i < len(pieces)
         and pieces[i].kind != "start"
-        and not (pieces[i].kind == "text" and pieces[i - 1].kind in ("end", "padding"))
+        and not (pieces[i].kind in ("text", "end") and pieces[i - 1].kind in ("end", "padding"))
     ):
         i += 1
     return i

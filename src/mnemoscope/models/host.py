@@ -1,6 +1,6 @@
 """What all diffusers models share: forward process, sampler, pictures, identity.
 
-``stable_diffusion.py`` and ``unconditional.py`` add what differs: the network's inputs and the autoencoder.
+``stable_diffusion.py``, ``stable_diffusion_3.py`` and ``unconditional.py`` add what differs: the network's inputs and the autoencoder.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ DETERMINISTIC = frozenset(
         "DPMSolverMultistepScheduler",
         "DPMSolverSinglestepScheduler",
         "EulerDiscreteScheduler",
+        "FlowMatchEulerDiscreteScheduler",
         "HeunDiscreteScheduler",
         "KDPM2DiscreteScheduler",
         "LMSDiscreteScheduler",
@@ -70,6 +71,8 @@ class Diffusion:
     (Salimans & Ho 2022, *Progressive Distillation*, appendix D).
     """
 
+    space: Space = "eps"
+
     def __init__(self, scheduler: Any, name: str = "the model"):
         self.prediction: str = scheduler.config.get("prediction_type", "epsilon")
         bar = getattr(scheduler, "alphas_cumprod", None)
@@ -106,6 +109,39 @@ class Diffusion:
             return sigma * x + alpha * output
         return (x - alpha * output) / sigma
 
+    def to_space(self, output: Latents, x: Latents, t: Tensor) -> Latents:
+        """As :meth:`to_eps`."""
+        return self.to_eps(output, x, t)
+
+
+class Flow:
+    """The forward process x_t = (1 − σ) x₀ + σ ε of a rectified flow, t = T σ, and its network's prediction u = ε − x₀.
+
+    Liu et al., ICLR 2023, *Flow Straight and Fast*; Esser et al., ICML 2024, *Scaling Rectified Flow Transformers*. Predictions stay
+    velocities: noise read off them would be the same for all prompts at t = T.
+    """
+
+    space: Space = "velocity"
+
+    def __init__(self, scheduler: Any, name: str = "the model"):
+        config = scheduler.config
+        flows = type(scheduler).__name__.startswith("FlowMatch") or config.get("use_flow_sigmas")
+        if not flows or config.get("invert_sigmas"):
+            raise CannotAudit(
+                f"{name} has a {type(scheduler).__name__} that does not run a rectified flow from noise (σ = 1) to pictures (σ = 0); "
+                f"give it a FlowMatchEulerDiscreteScheduler."
+            )
+        self.train_steps: int = config.num_train_timesteps
+
+    def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """1 − σ and σ in the shape and on the device of ``t``, float32."""
+        sigma = t.float() / self.train_steps
+        return 1 - sigma, sigma
+
+    def to_space(self, output: Latents, x: Latents, t: Tensor) -> Latents:
+        """The raw output, which is u, float32 or better."""
+        return precise(output)
+
 
 def _column(c: Tensor, x: Tensor) -> Tensor:
     """A scalar as it is (0-d tensors multiply across devices without a transfer), one per sample shaped to broadcast."""
@@ -115,10 +151,10 @@ def _column(c: Tensor, x: Tensor) -> Tensor:
 class DiffusersSchedule:
     """One run of a diffusers scheduler, on a copy of its own."""
 
-    def __init__(self, scheduler: Any, steps: int, device: torch.device, dtype: torch.dtype):
+    def __init__(self, scheduler: Any, steps: int, device: torch.device, dtype: torch.dtype, **spacing: float):
         self._scheduler = type(scheduler).from_config(scheduler.config)
         # On the CPU: a GPU timestep would index the scheduler's CPU tables and so wait for the device at every step.
-        self._scheduler.set_timesteps(steps)
+        self._scheduler.set_timesteps(steps, **spacing)
         self.timesteps: Tensor = self._scheduler.timesteps
         self._device, self._dtype = device, dtype
 
@@ -135,6 +171,18 @@ class DiffusersSchedule:
         return self._scheduler.step(output, t, x, return_dict=False)[0]
 
 
+class FlowSchedule(DiffusersSchedule):
+    """One run of a rectified flow's scheduler, whose state is x_t itself."""
+
+    def start(self, noise: Latents) -> Latents:
+        """The noise, on the model's device and in its dtype."""
+        return noise.to(self._device, self._dtype)
+
+    def scale(self, x: Latents, t: Tensor) -> Latents:
+        """The state itself."""
+        return x
+
+
 class DiffusersTarget(ABC):
     """Common part of the adapters; see :class:`~mnemoscope.models.base.Target` for the promises.
 
@@ -149,6 +197,14 @@ class DiffusersTarget(ABC):
     kind: ClassVar[str]
     pipelines: ClassVar[frozenset[str]]
     """Pipeline classes that can be loaded."""
+    denoiser: ClassVar[str] = "unet"
+    """Which component of the pipeline predicts."""
+    shown: ClassVar[str] = "sample"
+    """What the denoiser calls x_t among its arguments."""
+    told: ClassVar[tuple[str, ...]] = ("encoder_hidden_states",)
+    """What the denoiser calls its condition."""
+    process: ClassVar[type[Diffusion] | type[Flow]] = Diffusion
+    """What its scheduler is read as."""
     has_text: bool
     space: Space = "eps"
     guidance: float
@@ -169,11 +225,11 @@ class DiffusersTarget(ABC):
         }
         for module in self.modules.values():
             module.requires_grad_(False).eval()
-        self.unet: Any = pipe.unet
+        self.unet: Any = getattr(pipe, self.denoiser)
         self.vae: Any = self.modules.get("vae", self.modules.get("vqvae"))
         self.sampler = sampler
         self._scheduler = self._sampler(pipe.scheduler)
-        self._diffusion = Diffusion(self._scheduler, self.name)
+        self._diffusion = self.process(self._scheduler, self.name)
         self.factor: int = 1 if self.vae is None else 2 ** (len(self.vae.config.block_out_channels) - 1)
         """Pixels per latent, along each side."""
         self.latent_shape = (self.unet.config.in_channels, *self._latent_size(resolution))
@@ -258,14 +314,18 @@ class DiffusersTarget(ABC):
         if self.sampler not in SAMPLERS:
             raise UnknownName("sampler", self.sampler, SAMPLERS)
         if self.sampler == "ddim":
-            return DDIMScheduler.from_config(scheduler.config, **self._ddim_overrides(scheduler.config))
+            return self._deterministic(scheduler)
         name, algorithm = type(scheduler).__name__, scheduler.config.get("algorithm_type", "")
-        if name not in DETERMINISTIC or "sde" in algorithm:
+        if name not in DETERMINISTIC or "sde" in algorithm or scheduler.config.get("stochastic_sampling"):
             raise CannotAudit(
                 f"{self.name}'s own sampler, {name}{f' ({algorithm})' if algorithm else ''}, draws noise while it samples, so a "
                 f"seed would not fix the result; use sampler='ddim'."
             )
         return type(scheduler).from_config(scheduler.config)
+
+    def _deterministic(self, scheduler: Any) -> Any:
+        """DDIM, η = 0, with the noise levels of the pipeline's scheduler."""
+        return DDIMScheduler.from_config(scheduler.config, **self._ddim_overrides(scheduler.config))
 
     def _ddim_overrides(self, config: Mapping[str, Any]) -> dict[str, Any]:
         return {}
@@ -276,16 +336,19 @@ class DiffusersTarget(ABC):
 
     def schedule(self, steps: int) -> DiffusersSchedule:
         """A fresh sampler run of that many steps."""
+        self._require_steps(steps)
+        return DiffusersSchedule(self._scheduler, steps, self.device, self.dtype)
+
+    def _require_steps(self, steps: int) -> None:
         if not 1 <= steps <= self._diffusion.train_steps:
             raise UsageError(
                 f"steps={steps}: {self.name} was trained on {self._diffusion.train_steps} timesteps; use 1 to "
                 f"{self._diffusion.train_steps}, for instance 50."
             )
-        return DiffusersSchedule(self._scheduler, steps, self.device, self.dtype)
 
     def whole_schedule(self, steps: int) -> DiffusersSchedule:
         """A fresh sampler run of that many steps that begins at the last training timestep: T − 1, T − 1 − T/steps, …"""
-        self.schedule(steps)  # the same limits
+        self._require_steps(steps)
         whole = type(self._scheduler).from_config(self._scheduler.config, timestep_spacing="trailing")
         return DiffusersSchedule(whole, steps, self.device, self.dtype)
 
@@ -298,11 +361,11 @@ class DiffusersTarget(ABC):
         return self._diffusion.alpha_sigma(t)
 
     def to_space(self, output: Latents, x: Latents, t: Tensor) -> Latents:
-        """The raw output as ε, float32."""
-        return self._diffusion.to_eps(output, x, t)
+        """The raw output as ε (as u of a rectified flow), float32."""
+        return self._diffusion.to_space(output, x, t)
 
     def predict(self, x: Latents, t: Tensor, cond: Condition | None) -> Latents:
-        """ε(x_t, condition), float32."""
+        """ε(x_t, condition), or u, float32."""
         return self.to_space(self.output(x, t, cond), x, t)
 
     # Pictures
@@ -355,15 +418,20 @@ class DiffusersTarget(ABC):
     def _picture_dtype(self) -> torch.dtype:
         return self.dtype if self.vae is None else self.vae.dtype
 
+    @property
+    def _picture_shift(self) -> float:
+        """Mean of the autoencoder's latents before scaling; newer autoencoders have one."""
+        return self.vae.config.get("shift_factor") or 0.0
+
     def _encode(self, pixels: Tensor) -> Tensor:
         """Latents of pixels in [-1, 1]: a KL autoencoder's mean, or a VQ one's latent before quantization."""
         z = self.vae.encode(pixels)
         mean = z.latent_dist.mean if hasattr(z, "latent_dist") else z.latents
-        return mean * self.vae.config.scaling_factor
+        return (mean - self._picture_shift) * self.vae.config.scaling_factor
 
     def _decode(self, z: Tensor) -> Tensor:
         """Pixels in [-1, 1], a little beyond at times."""
-        return self.vae.decode(z / self.vae.config.scaling_factor, return_dict=False)[0]
+        return self.vae.decode(z / self.vae.config.scaling_factor + self._picture_shift, return_dict=False)[0]
 
     def __repr__(self) -> str:
         c, h, w = self.latent_shape

@@ -71,6 +71,12 @@ def hash_bytes(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
+def vocabulary(tokenizer: Any) -> str:
+    """sha256 of a tokenizer's tokens and their numbers."""
+    words = "".join(f"{i} {token}\n" for token, i in sorted(tokenizer.get_vocab().items()))
+    return hash_bytes(words.encode("utf-8", "surrogatepass"))
+
+
 def hash_file(path: Path) -> str:
     """sha256 of a file, the one the hub shows for it. Read once per process as long as size and time stand still."""
     path = path.resolve()

@@ -18,6 +18,7 @@ from .base import Target
 from .host import DiffusersTarget, Origin
 from .sources import DiffusionPipeline, LoRA
 from .stable_diffusion import StableDiffusion
+from .stable_diffusion_3 import StableDiffusion3
 from .unconditional import Unconditional
 
 DTYPES = {
@@ -36,8 +37,8 @@ HUB = frozenset({
     "force_download", "image_encoder", "load_connected_pipeline", "low_cpu_mem_usage", "max_memory",
     "mirror", "offload_folder", "offload_state_dict", "original_config", "proxies",
     "quantization_config", "requires_safety_checker", "safety_checker", "scheduler", "subfolder",
-    "text_encoder", "token", "tokenizer", "use_safetensors", "vae",
-    "vqvae",
+    "text_encoder", "text_encoder_2", "text_encoder_3", "token", "tokenizer", "tokenizer_2", "tokenizer_3",
+    "transformer", "use_safetensors", "vae", "vqvae",
 })  # fmt: skip
 """Keywords that are handed to diffusers unread. Others are refused: diffusers only logs them, and a misspelt ``unet`` would audit
 the base model."""
@@ -46,7 +47,8 @@ UNSUPPORTED = {
     "Flux": "its guidance is distilled, so one call makes no prediction without the prompt",
     "LatentConsistency": "it was distilled with guidance inside and makes no prediction without the prompt",
     "StableDiffusionXL": "Stable Diffusion XL comes later",
-    "StableDiffusion3": "rectified-flow models come later",
+    "StableDiffusion3Inpaint": "inpainting models need a picture as input",
+    "StableDiffusion3ControlNet": "its denoiser needs a picture beside the prompt",
     "StableDiffusionInpaint": "inpainting models need a picture as input",
 }
 """Beginnings of pipeline class names that people will try, and why they cannot be audited yet."""
@@ -76,20 +78,21 @@ def load(
         dtype: Precision, by name or as torch.dtype. Default: float32 on the CPU, float16 on a GPU that is fast at it. The
             target's ``dtype_reason`` says which and why.
         device: Default: the first GPU, or the CPU.
-        unet: A fine-tuned denoiser that replaces the pipeline's own: folder, hub id or module.
+        unet: A fine-tuned denoiser that replaces the pipeline's own UNet: folder, hub id or module.
         lora: LoRA files or hub ids to load and activate: one, several, or ``{file: scale}``.
         revision: Branch, tag or commit on the hub.
         variant: For instance ``"fp16"``.
-        guidance: Guidance scale; default is what ``mnemoscope.json`` in the model's folder recommends, else 7.5.
+        guidance: Guidance scale; default is what ``mnemoscope.json`` in the model's folder recommends, else 7.5 (Stable
+            Diffusion 3: 7).
         resolution: Side in pixels, or (height, width); default is the size the model was trained on.
-        sampler: ``"ddim"`` (default; deterministic) or ``"own"`` (the checkpoint's scheduler).
+        sampler: ``"ddim"`` (default; deterministic; of a rectified flow: Euler's steps) or ``"own"`` (the checkpoint's scheduler).
         local_files_only: Never ask the hub.
         torch_dtype: The older name of ``dtype``.
         **hub: Handed to diffusers' ``from_pretrained`` (or ``from_single_file``) unread.
 
     Returns:
-        The adapter that accepts the model's pipeline class: :class:`StableDiffusion`, :class:`Unconditional`, or one that a
-        plugin registered under the entry-point group ``mnemoscope.targets``.
+        The adapter that accepts the model's pipeline class: :class:`StableDiffusion`, :class:`StableDiffusion3`,
+        :class:`Unconditional`, or one that a plugin registered under the entry-point group ``mnemoscope.targets``.
 
     Raises:
         CannotAudit: the model is incomplete, pickled, not in the cache, or of a kind that cannot be audited.
@@ -150,7 +153,11 @@ def open_pipeline(
     where = {"revision": revision, "variant": variant, "local_files_only": local_files_only}
     hub |= {sources.DTYPE_KEY: precision}
     path, origin = sources.locate(str(source), where, hub)
-    adapter_for(sources.pipeline_class(path))
+    adapter = adapter_for(sources.pipeline_class(path))
+    if unet is not None and adapter.denoiser != "unet":
+        raise UsageError(
+            f"unet={unet}: {origin.name} has a {adapter.denoiser} in its place; give that as {adapter.denoiser}=."
+        )
     origin = replace(origin, dtype_reason=reason)
     if unet is not None:
         hub["unet"], unet_files = sources.open_unet(unet, precision, where, hub)
@@ -176,6 +183,7 @@ def build(pipe: Any, origin: Origin, **options: Any) -> Target:
 def adapters() -> Iterator[type[DiffusersTarget]]:
     """Adapter classes: the built-in ones, then those that plugins register. Targets that are no adapters are passed over."""
     yield StableDiffusion
+    yield StableDiffusion3
     yield Unconditional
     for entry in entry_points(group="mnemoscope.targets"):
         if not entry.value.startswith("mnemoscope."):

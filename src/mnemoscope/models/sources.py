@@ -41,6 +41,12 @@ BUNDLED = {"demo": "text-to-image", "demo-unconditional": "unconditional"}
 UNNEEDED = ("safety_checker", "feature_extractor", "image_encoder")
 """Components that no audit needs: not downloaded, not loaded."""
 
+OPTIONAL = ("text_encoder_3", "tokenizer_3")
+"""Components that a user may leave out with None: not downloaded either."""
+
+PARTS = frozenset({"text_encoder_2", "tokenizer_2", *OPTIONAL, "transformer"})
+"""Components of some pipelines only. Given to another, diffusers would log it and open the base model."""
+
 DTYPE_KEY = "dtype" if Version(diffusers.__version__) >= Version("0.42") else "torch_dtype"
 
 LoRA: TypeAlias = str | Path | Sequence[str | Path] | Mapping[str, float] | None
@@ -75,7 +81,7 @@ def locate(source: str, where: Mapping[str, Any], hub: Mapping[str, Any]) -> tup
 
 def _download(source: str, fetch: Callable[..., Any], options: Mapping[str, Any]) -> Path:
     """A hub repository as a local folder; what goes wrong becomes one sentence."""
-    keep = {k: v for k, v in options.items() if v is not None or k in UNNEEDED}
+    keep = {k: v for k, v in options.items() if v is not None or k in UNNEEDED + OPTIONAL}
     try:
         return Path(fetch(source, **keep))
     except GatedRepoError as e:
@@ -116,6 +122,10 @@ def pipeline_class(path: Path) -> str:
         keys = list(file.keys())
     if any(key.startswith("cond_stage_model.") for key in keys):
         return StableDiffusionPipeline.__name__
+    if any(".joint_blocks." in key for key in keys):
+        raise CannotAudit(
+            f"{path} looks like a Stable Diffusion 3 checkpoint in one file: give its pipeline folder or hub id."
+        )
     if any("lora" in key for key in keys):
         raise CannotAudit(f"{path} looks like a LoRA: give its base model here, and the file as lora=.")
     raise CannotAudit(f"{path} is not a Stable Diffusion 1 or 2 checkpoint (it has no cond_stage_model weights).")
@@ -128,17 +138,24 @@ def open_pipeline(path: Path, variant: str | None, hub: Mapping[str, Any]) -> tu
     """
     name = pipeline_class(path)
     parameters = inspect.signature(getattr(diffusers, name).__init__).parameters
+    if foreign := sorted(hub.keys() & PARTS - parameters.keys()):
+        raise UsageError(f"{foreign[0]}=…: a {name} has no such part; leave it out.")
     skip: dict[str, Any] = {k: None for k in UNNEEDED if k in parameters}
     if path.is_file():
         return _from_file(path, {**skip, **hub}), {"": [path]}
     if "requires_safety_checker" in parameters:
         skip["requires_safety_checker"] = False
-    options = {**skip, **hub}
+    # A pipeline that was saved without a part says so with null, which diffusers wants to be told again.
+    absent = {
+        k: None for k, spec in _index(path).items() if isinstance(spec, list) and spec[0] is None and k in parameters
+    }
+    options = {**absent, **skip, **hub}
     known = _component_files(path, variant, options)
     with quiet(), opening(str(path)):
         pipe = DiffusionPipeline.from_pretrained(str(path), variant=variant, use_safetensors=True, **options)
-    if "text_encoder" in known:
-        _require_all_weights(pipe.text_encoder, known["text_encoder"])
+    for encoder in ("text_encoder", "text_encoder_2"):
+        if encoder in known:
+            _require_all_weights(getattr(pipe, encoder), known[encoder])
     return pipe, known
 
 

@@ -15,10 +15,22 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from ..errors import UsageError
 from .base import Piece
 
 WHOLE = "</w>"
 """How CLIP's vocabulary marks a token that ends a word."""
+
+
+def clean(prompt: str) -> str:
+    """The prompt, if it is text that can be written down."""
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as e:
+        raise UsageError(
+            f"prompt {prompt[:40]!r} has a broken character at position {e.start}; save it as UTF-8."
+        ) from None
+    return prompt
 
 
 def spell(tokenizer: Any, text: str, length: int) -> list[Piece]:

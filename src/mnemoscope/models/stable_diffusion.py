@@ -106,15 +106,13 @@ class StableDiffusion(DiffusersTarget):
         return overrides
 
     def _describe(self) -> dict[str, Any]:
-        vocabulary = sorted(self.tokenizer.get_vocab().items())
-        words = "".join(f"{i} {token}\n" for token, i in vocabulary).encode("utf-8", "surrogatepass")
-        return {**super()._describe(), "tokenizer": identity.hash_bytes(words)}
+        return {**super()._describe(), "tokenizer": identity.vocabulary(self.tokenizer)}
 
     # Text
 
     def _ids(self, prompts: list[str]) -> Tensor:
         """Token ids with start, end and padding, ``[batch, token]``."""
-        spelled = self._spelled_out([_clean(p) for p in prompts], self.tokenizer)
+        spelled = self._spelled_out([spelling.clean(p) for p in prompts], self.tokenizer)
         return self.tokenizer(
             spelled,
             padding="max_length",
@@ -196,7 +194,7 @@ class StableDiffusion(DiffusersTarget):
 
     def _content(self, prompt: str) -> list[int]:
         """All of a prompt's token ids, without start, end and padding, however long it is."""
-        spelled = self._spelled_out([_clean(prompt)], self.tokenizer)[0]
+        spelled = self._spelled_out([spelling.clean(prompt)], self.tokenizer)[0]
         return self.tokenizer(spelled, add_special_tokens=False, verbose=False).input_ids
 
     @property
@@ -211,14 +209,14 @@ class StableDiffusion(DiffusersTarget):
 
     def pieces(self, prompt: str) -> list[Piece]:
         """Start, the tokens with their characters in the prompt, end and padding: one for each position of ``encode``."""
-        spelled = self._spelled_out([_clean(prompt)], self.tokenizer)[0]
+        spelled = self._spelled_out([spelling.clean(prompt)], self.tokenizer)[0]
         found = spelling.spell(self.tokenizer, spelled, self.tokenizer.model_max_length)
         return found if spelled == prompt else spelling.unspell(found, spelled, self._written_out)
 
     def neighbors(self, words: list[str], k: int, among: Collection[str] | None = None) -> list[list[str]]:
         """The k words nearest to each word by their token embeddings, among those given or the vocabulary's whole words."""
         table = self.text_encoder.get_input_embeddings().weight
-        return spelling.neighbors(self.tokenizer, table, [_clean(word) for word in words], k, among)
+        return spelling.neighbors(self.tokenizer, table, [spelling.clean(word) for word in words], k, among)
 
     @cached_property
     def _plain_ids(self) -> list[int]:
@@ -269,14 +267,3 @@ def _written_out(added: Collection[str]) -> dict[str, str]:
             more = itertools.takewhile(added.__contains__, (f"{token}_{i}" for i in itertools.count(1)))
             found[" ".join([token, *more])] = token
     return found
-
-
-def _clean(prompt: str) -> str:
-    """The prompt, if it is text that can be written down."""
-    try:
-        prompt.encode()
-    except UnicodeEncodeError as e:
-        raise UsageError(
-            f"prompt {prompt[:40]!r} has a broken character at position {e.start}; save it as UTF-8."
-        ) from None
-    return prompt

@@ -131,9 +131,18 @@ def steer(pipe: Any, driver: Driver) -> Iterator[None]:
     Raises:
         CannotAudit: the pipeline's batch layout is not known.
     """
+    _require_unet(pipe)
     seat = _Seat(pipe, driver)
     with _around(pipe, "encode_prompt", seat.ordered), _listening(pipe.unet, seat):
         yield
+
+
+def _require_unet(pipe: Any) -> None:
+    if (part := adapter_for(type(pipe)).denoiser) != "unet":
+        raise CannotAudit(
+            f"{type(pipe).__name__} has a {part} in place of a UNet: it can be watched, and audited with mnemoscope's own loop, but not "
+            f"steered while it runs so far."
+        )
 
 
 @contextmanager
@@ -357,6 +366,7 @@ def target_around(pipe: Any, **options: Any) -> DiffusersTarget:
     Raises:
         CannotAudit: as :func:`mnemoscope.load`.
     """
+    _require_unet(pipe)
     adapter, origin = adapter_for(type(pipe)), Origin(name=type(pipe).__name__)
     modules = {m for m in pipe.components.values() if isinstance(m, nn.Module)}
     with _lock:

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from ..errors import CannotAudit, UsageError
 from ..types import Step
-from .host import Diffusion
 from .load import adapter_for
 from .sampling import same_where
 from .steer import hidden
@@ -80,15 +79,15 @@ def watch(pipe: Any, *observers: Any) -> Iterator[Steps]:
             None. A detector scores one generation; for several use ``steps.runs``.
 
     Yields:
-        :class:`Steps`. Predictions are ε, float32. ``uncond`` is the pipeline's own second prediction, which belongs to the
-        empty prompt unless a negative prompt was given; None while guidance is off (1 or less).
+        :class:`Steps`. Predictions are ε (of a rectified flow u), float32. ``uncond`` is the pipeline's own second prediction,
+        which belongs to the empty prompt unless a negative prompt was given; None while guidance is off (1 or less).
 
     Raises:
         CannotAudit: the pipeline's batch layout is not known.
     """
     steps = Steps()
     hook = _Hook(pipe, [steps._append, *(getattr(o, "update", o) for o in observers)])
-    handle = pipe.unet.register_forward_hook(hook, with_kwargs=True)
+    handle = hook.denoiser.register_forward_hook(hook, with_kwargs=True)
     try:
         yield steps
     finally:
@@ -100,36 +99,41 @@ class _Hook:
 
     def __init__(self, pipe: Any, observers: Sequence[Callable[[Step], object]]):
         self.pipe, self.observers = pipe, observers
-        self.guided = adapter_for(type(pipe)).guided
-        self.diffusion = Diffusion(pipe.scheduler, type(pipe).__name__)
-        self.signature = inspect.signature(pipe.unet.forward)
+        self.adapter = adapter_for(type(pipe))
+        self.denoiser = getattr(pipe, self.adapter.denoiser)
+        self.process = self.adapter.process(pipe.scheduler, type(pipe).__name__)
+        self.signature = inspect.signature(self.denoiser.forward)
         self.plan: Tensor | None = None
         self.index = 0
 
-    def __call__(self, unet: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any) -> None:
+    def __call__(self, denoiser: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any) -> None:
         if hidden():  # a guard's own calls are no steps of the pipeline
             return
         call = self.signature.bind(*args, **kwargs).arguments
+        if call.get("skip_layers") is not None:  # a weakened second look at the same step, for guidance by layers
+            return
         output = result[0].detach()
         # A scheduler makes new timesteps for each generation, and holding these keeps their identity from being reused.
         self.index = 0 if self.plan is not self.pipe.scheduler.timesteps else self.index + 1
         self.plan = self.pipe.scheduler.timesteps
-        step = self._step(call["sample"].detach(), call["timestep"], output, call.get("encoder_hidden_states"))
+        told = [value for name in self.adapter.told if (value := call.get(name)) is not None]
+        step = self._step(call[self.adapter.shown].detach(), call["timestep"], output, told)
         for observe in self.observers:
             observe(step)
 
-    def _step(self, x: Tensor, t: Any, output: Tensor, tokens: Tensor | None) -> Step:
-        t = torch.as_tensor(t).cpu()
+    def _step(self, x: Tensor, t: Any, output: Tensor, told: Sequence[Tensor]) -> Step:
+        t = torch.as_tensor(t).flatten()[0].cpu()  # some pipelines repeat it for each row
         out_u = None
-        if tokens is not None and self.guided(self.pipe):
+        if told and self.adapter.guided(self.pipe):
             # The first half of the batch is unconditional, and both halves show the denoiser the same x.
             if len(x) % 2:
                 raise CannotAudit(
                     f"{type(self.pipe).__name__} calls its denoiser with {len(x)} samples, which do not split into two halves."
                 )
-            (x, _), (out_u, output), (null, prompt) = x.chunk(2), output.chunk(2), tokens.chunk(2)
-            output = same_where((null == prompt).flatten(1).all(1), out_u, output)
+            (x, _), (out_u, output) = x.chunk(2), output.chunk(2)
+            same = [(null == prompt).flatten(1).all(1) for null, prompt in (value.chunk(2) for value in told)]
+            output = same_where(torch.stack(same).all(0), out_u, output)
         x = x.clone()  # the pipeline may go on to change its own
-        cond = self.diffusion.to_eps(output, x, t)
-        uncond = None if out_u is None else self.diffusion.to_eps(out_u, x, t)
-        return Step(self.index, float(t), x, cond, uncond, None)
+        cond = self.process.to_space(output, x, t)
+        uncond = None if out_u is None else self.process.to_space(out_u, x, t)
+        return Step(self.index, float(t), x, cond, uncond, None, self.process.space)
