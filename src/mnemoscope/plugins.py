@@ -9,7 +9,10 @@ from typing import Any
 
 from .errors import UnknownName, UsageError
 
-__all__ = ["build", "find", "installed", "options_of"]
+__all__ = ["BUNDLED", "build", "find", "installed", "options_of"]
+
+BUNDLED = {"demo": "text-to-image", "demo-unconditional": "unconditional"}
+"""Models that come with mnemoscope, and what the world that trained them is called, which is their folder under ``demo/assets``."""
 
 
 def installed(kind: str) -> dict[str, EntryPoint]:

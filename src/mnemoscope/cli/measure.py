@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..errors import UsageError
+from ..plugins import BUNDLED
 from . import screen
 from .pairs import model_options
 
@@ -128,7 +129,7 @@ def measure(
         raise UsageError(
             "--screen-share and --screen-check are about what a cheap measure ranks; name it, for instance --screen flipd."
         )
-    if beta is None and not only and (model not in WORLDS or descriptor != "fingerprint"):
+    if beta is None and not only and (model not in BUNDLED or descriptor != "fingerprint"):
         raise UsageError(
             f"--beta says from which similarity by {descriptor} on a draw is the picture, for instance 0.85; only the bundled models "
             f"have a calibrated one for the fingerprint."
@@ -166,7 +167,7 @@ def measure(
     if beta is None:
         from ..demo.world import World
 
-        beta = World(WORLDS[model]).same_picture
+        beta = World(BUNDLED[model]).same_picture
     chosen = varied(target, preset, updates=updates, steps=steps, scales=tried)
     method = InvMM(target, build(descriptor), chosen, beta=beta)
     screen.say(f"{len(pictures)} pictures, preset {chosen.name}, at most {chosen.updates} updates each; kept in {out}")
@@ -175,15 +176,11 @@ def measure(
             method, pictures, out, batch_size=batch_size, progress=_told, command=screen.command(), companions=cheap,
             screen=chosen_by, compare=_compared, watch=_watched,
         )  # fmt: skip
-    if model in WORLDS and (known := levels_of(model)).exists():
+    if model in BUNDLED and (known := levels_of(model)).exists():
         keep_levels(out, known)
     page = write_report(out)
     _show(found, cheap, chosen_by, chosen.name, as_json=as_json)
     screen.say(f"Report: {page}")
-
-
-WORLDS = {"demo": "text-to-image", "demo-unconditional": "unconditional"}
-"""Bundled models, whose pictures' doses are known."""
 
 
 def levels_of(model: str) -> Path:

@@ -28,7 +28,7 @@ from ..measure.invmm import InvMM, varied
 from ..models import identity
 from ..models.base import Condition, Target, noise_from_seeds
 from ..models.load import load
-from ..models.sources import BUNDLED
+from ..plugins import BUNDLED
 from ..records.schema import FORMAT
 from ..records.store import write_whole
 from ..report import svg

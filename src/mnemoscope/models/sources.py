@@ -26,6 +26,7 @@ from torch import nn
 from transformers.utils import logging as transformers_logging
 
 from ..errors import CannotAudit, UnknownName, UsageError
+from ..plugins import BUNDLED
 from .host import Origin
 from .identity import PICKLES, weight_files
 
@@ -34,9 +35,6 @@ transformers_logging.set_verbosity_error()  # on import it complains of a missin
 from diffusers import DiffusionPipeline, StableDiffusionPipeline  # noqa: E402
 
 transformers_logging.set_verbosity(_verbosity)
-
-BUNDLED = {"demo": "text-to-image", "demo-unconditional": "unconditional"}
-"""Names of the models that come with mnemoscope, and their folders under ``demo/assets``."""
 
 UNNEEDED = ("safety_checker", "feature_extractor", "image_encoder")
 """Components that no audit needs: not downloaded, not loaded."""
