@@ -1,15 +1,15 @@
 """Study: what the magnitude is worth when the repeated pictures are most of the training data.
 
     python -m mnemoscope.demo.build world
-    python bench/planted_share.py world      about half an hour on 2 cores; continues where it was stopped;
+    python bench/planted_share.py world      about an hour on 2 cores; continues where it was stopped;
                                              writes docs/studies/planted-share.md
 
 The autoencoder is the bundled text-to-image model's.
 
-Three models of one size, trained for the same number of steps on epochs of about the same length. In each, K pictures stand
-48 times in an epoch, so every repeated picture is shown equally often everywhere; K grows from 24 to 216, so their share of
-all draws grows with it. The 24 captions that all three models have in common are then told from ordinary captions by the
-magnitude, step by step.
+Models of one size, trained for the same number of steps on epochs of about the same length. In three of them K pictures stand
+48 times in an epoch, so every repeated picture is shown equally often; K grows from 24 to 216, so their share of
+all draws grows with it. In a fourth, 24 pictures have the share of the 216, so each is shown nine times as often: fine-tuning on
+few pictures. The 24 captions that all models have in common are then told from ordinary captions by the magnitude, step by step.
 """
 
 from __future__ import annotations
@@ -28,22 +28,23 @@ from mnemoscope.records.table import prompt_scores
 from mnemoscope.report.plots import Bundle, steps
 from mnemoscope.similarity.reference import ReferenceSet
 
-COPIES, COMMON = 48, 24
-SHARES = ((24, 8), (120, 5), (216, 2))
-"""Repeated pictures, and draws of each ordinary picture in an epoch (each draw a fresh view)."""
-TRAINING, CHANNELS = 1600, (64, 96)
+COMMON = 24
+SHARES = ((24, 48, 8), (120, 48, 5), (216, 48, 2), (24, 432, 2))
+"""Repeated pictures, copies of each in an epoch, and draws of each ordinary picture (each draw a fresh view)."""
+TRAINING, DRAWN, CHANNELS = 1600, 48, (64, 96)
 SEEDS, STEPS, ORDINARY = 4, 50, 96
+COLORS = "#0072b2", "#e69f00", "#d55e00", "#009e73"
 WINDOWS = {"first step": (0, 1), "first 10 steps": (0, 10), "last 10 steps": (40, 50), "all 50 steps": (0, 50)}
 
 
-def variant(world: Path, folder: Path, repeated: int, views: int) -> float:
+def variant(world: Path, folder: Path, repeated: int, copies: int, views: int) -> float:
     """A world folder that differs from ``world`` in its training list alone; returns the share of repeated draws."""
     rows = [json.loads(line) for line in (world / "manifest.jsonl").read_text(encoding="utf-8").splitlines()]
     once = [r for r in rows if r["group"] in ("planted", "heldout")]
     once = sorted(
         once, key=lambda r: -r["copies"]
     )  # the most copied level of the bundled world is common to all variants
-    again = [r | {"group": "planted", "copies": COPIES, "draws": COPIES} for r in once[:repeated]]
+    again = [r | {"group": "planted", "copies": copies, "draws": copies} for r in once[:repeated]]
     ordinary = [r | {"draws": views} for r in rows if r["group"] == "ordinary"]
     other = [r | {"copies": 0, "draws": 0, "group": "heldout"} for r in once[repeated:]]
     folder.mkdir(parents=True, exist_ok=True)
@@ -101,12 +102,10 @@ def picture(results: dict[str, dict], file: Path) -> None:
     """AUC at each step, a line per share, as a figure that stands alone."""
     style = (
         "<style>text{font:13px sans-serif;fill:#555}.axis,.grid{stroke:#bbb}polyline{fill:none;stroke-width:2.2}"
-        + "".join(
-            f"polyline.c{i}{{stroke:{c}}}text.c{i}{{fill:{c}}}" for i, c in enumerate(("#0072b2", "#e69f00", "#d55e00"))
-        )
+        + "".join(f"polyline.c{i}{{stroke:{c}}}text.c{i}{{fill:{c}}}" for i, c in enumerate(COLORS))
         + "polygon,.band{fill:none;stroke:none}</style>"
     )
-    drawn = steps([Bundle(f"{share} repeated", [r["per_step"]]) for share, r in results.items()], axis="AUC")
+    drawn = steps([Bundle(share, [r["per_step"]]) for share, r in results.items()], axis="AUC")
     drawn = str(drawn).replace("Score at each denoising step", "AUC of the magnitude at each denoising step", 1)
     start = drawn.index(">") + 1
     file.write_text(drawn[:start] + style + drawn[start:] + "\n", encoding="utf-8")
@@ -119,22 +118,28 @@ def main() -> None:
     p.add_argument("--compile", action="store_true", help="train a fifth faster; needs a C++ compiler")
     args = p.parse_args()
     results = {}
-    for repeated, views in SHARES:
-        folder = args.folder / str(repeated)
-        share = variant(args.world, folder, repeated, views)
+    for repeated, copies, views in SHARES:
+        folder = args.folder / f"{repeated}-{copies}"
+        share = variant(args.world, folder, repeated, copies, views)
+        label, known = f"{share:.0%}, {repeated} pictures", folder / "result.json"
         if not (folder / "text-to-image" / "pipeline" / "mnemoscope.json").exists():
-            train_text_to_image(folder, steps=TRAINING, channels=CHANNELS, compiled=args.compile)
-        results[f"{share:.0%}"] = measure(folder) | {"repeated": repeated, "share": round(share, 4)}
-        print(results, flush=True)
+            train_text_to_image(folder, TRAINING, DRAWN, channels=CHANNELS, compiled=args.compile)
+        if not known.exists():
+            found = measure(folder) | {"repeated": repeated, "copies": copies, "share": round(share, 4)}
+            known.write_text(json.dumps(found), encoding="utf-8")
+        results[label] = json.loads(known.read_text(encoding="utf-8"))
+        print(label, results[label], flush=True)
     table = [
-        [f"{share} ({r['repeated']} pictures)", *(f"{v:.3f} [{low:.3f}, {high:.3f}]" for v, low, high in r["windows"].values()),
+        [share, f"{DRAWN * TRAINING * r['share'] / r['repeated']:.0f}",
+         *(f"{v:.3f} [{low:.3f}, {high:.3f}]" for v, low, high in r["windows"].values()),
          f"{r['copied']} of {r['captions']}", f"{r['null'][0]} of {r['null'][1]}"]
         for share, r in results.items()
     ]  # fmt: skip
     text = "\n\n".join([
         f"Measured by `python bench/planted_share.py` on {machine()}: {TRAINING} training steps, UNet channels {CHANNELS}, DDIM {STEPS}, "
         f"{SEEDS} seeds, {COMMON} repeated against {ORDINARY} ordinary captions, 95 % bootstrap intervals.",
-        markdown_table(["share of training draws", *(f"AUC, {w}" for w in WINDOWS), "repeated captions copied in ≥ 3 of 4 seeds",
+        markdown_table(["share of training draws", "times each was shown",
+                        *(f"AUC, {w}" for w in WINDOWS), "repeated captions copied in ≥ 3 of 4 seeds",
                         "samples without a prompt that are copies"], table),
     ])  # fmt: skip
     picture(results, DOCS / "studies" / "planted-share.svg")

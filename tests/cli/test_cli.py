@@ -15,6 +15,7 @@ from mnemoscope.audit.config import AuditConfig
 from mnemoscope.audit.run import Progress
 from mnemoscope.cli import main as cli
 from mnemoscope.cli import screen
+from mnemoscope.cli.pairs import model_options
 
 COMMANDS = [
     "demo",
@@ -57,9 +58,14 @@ def test_every_command_has_an_example_that_runs_it(run, command):
 
 def test_options_are_the_names_of_the_configuration():
     columns = {"column", "id_column", "group_column", "label_column", "family_column", "swap_column"}
-    renamed = {"window", "model_option"}  # an option of the magnitude; name=value pairs of model_options
+    renamed = {"window", "model_option", "lora"}  # an option of the magnitude; what is handed to the loader
     fields = set(AuditConfig.model_fields) - {"model_options"}
     assert cli.AUDIT_OPTIONS - columns - renamed == fields
+
+
+def test_lora_files_and_their_scales():
+    found = model_options(["revision=main"], ["a.safetensors", "b.safetensors=0.5", "c=d.safetensors"])
+    assert found == {"revision": "main", "lora": {"a.safetensors": 1.0, "b.safetensors": 0.5, "c=d.safetensors": 1.0}}
 
 
 @pytest.mark.parametrize(
@@ -75,6 +81,7 @@ def test_options_are_the_names_of_the_configuration():
         (["audit", "demo", "--prompts", "nowhere.txt"], "nowhere.txt"),
         (["audit", "demo", "--prompts", "x.txt", "--seeds", "0"], "seeds is 0"),
         (["audit", "demo", "--prompts", "x.txt", "--model-option", "revision"], "write name=value"),
+        (["audit", "demo", "--prompts", "x.txt", "--lora", "a", "--model-option", "lora=b"], "both name a LoRA"),
         (["audit", "nowhere/model.safetensors", "--prompts", "x.txt"], "check the path"),
         (["audit", "model.ckpt", "--prompts", "x.txt"], "safetensors"),
         (["audit", "demo", "--prompts", "x.txt", "--dtype", "float12"], "float32"),

@@ -13,7 +13,7 @@ import typer
 from ..errors import UsageError
 from . import screen
 from .opening import bundled_calibration
-from .pairs import model_options
+from .pairs import LoRA, model_options
 
 if TYPE_CHECKING:
     from ..explain.edits import Suggestion
@@ -67,6 +67,7 @@ def explain(
         str | None, typer.Option(help="float32, float16 or bfloat16; default: by the device.", show_default=False)
     ] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, …", show_default=False)] = None,
+    lora: LoRA = None,
     model_option: Annotated[
         list[str] | None, typer.Option(help="name=value handed to the loader; repeatable.", show_default=False)
     ] = None,
@@ -83,7 +84,7 @@ def explain(
     from ..models.load import load
 
     found = Calibration.load(calibration) if calibration else None
-    target = load(model, dtype=dtype, device=device, **model_options(model_option))
+    target = load(model, dtype=dtype, device=device, **model_options(model_option, lora))
     screen.say_target(target)
     if found is None and model == "demo" and looked == tuple(range(len(looked))):
         found = bundled_calibration(target, guidance, steps, seeds, len(looked), accept_threshold)

@@ -12,7 +12,7 @@ import typer
 from ..errors import UsageError
 from ..plugins import BUNDLED
 from . import screen
-from .pairs import model_options
+from .pairs import LoRA, model_options
 
 if TYPE_CHECKING:
     from ..audit.companions import Screen, Values
@@ -108,6 +108,7 @@ def measure(
         str | None, typer.Option(help="float32, float16 or bfloat16; default: by the device.", show_default=False)
     ] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, …", show_default=False)] = None,
+    lora: LoRA = None,
     model_option: Annotated[
         list[str] | None, typer.Option(help="name=value handed to the loader; repeatable.", show_default=False)
     ] = None,
@@ -157,7 +158,7 @@ def measure(
         chosen_by = replace(chosen_by, check=check)
     if caption is not None:
         pictures = [Picture(p.file, caption) for p in pictures]
-    target = load(model, dtype=dtype, device=device, **model_options(model_option))
+    target = load(model, dtype=dtype, device=device, **model_options(model_option, lora))
     screen.say_target(target)
     if only:
         with screen.stoppable():

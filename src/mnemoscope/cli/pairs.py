@@ -3,9 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Annotated, Any
+
+import typer
 
 from ..errors import UsageError
+
+LoRA = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--lora",
+        help="LoRA file or hub id to put on the model; repeatable, and file=0.8 scales it.",
+        show_default=False,
+    ),
+]
 
 
 def read_pairs(option: str, pairs: Iterable[str] | None, example: str) -> dict[str, Any]:
@@ -28,9 +39,22 @@ def read_pairs(option: str, pairs: Iterable[str] | None, example: str) -> dict[s
     return found
 
 
-def model_options(pairs: list[str] | None) -> dict[str, Any]:
-    """``name=value`` pairs for the loader."""
+def model_options(pairs: list[str] | None, lora: list[str] | None = None) -> dict[str, Any]:
+    """``name=value`` pairs for the loader, and the LoRA files with their scales."""
     found = read_pairs("--model-option", pairs, "revision=main")
     for name in found.keys() & {"dtype", "device"}:
         raise UsageError(f"--model-option {name}: write --{name} {found[name]}.")
+    if lora:
+        if "lora" in found:
+            raise UsageError("--lora and --model-option lora=… both name a LoRA; repeat --lora for several.")
+        found["lora"] = dict(map(_scaled, lora))
     return found
+
+
+def _scaled(text: str) -> tuple[str, float]:
+    """``file`` or ``file=scale``."""
+    file, equals, scale = text.rpartition("=")
+    try:
+        return (file, float(scale)) if equals else (text, 1.0)
+    except ValueError:
+        return text, 1.0  # a name with an equals sign
