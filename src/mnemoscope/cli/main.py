@@ -21,11 +21,12 @@ from .measure import measure
 from .mitigations import bench_app, redteam
 from .opening import bundled_calibration, reference_set
 from .packet import pack, verify
-from .pairs import model_options
+from .pairs import LoRA, model_options
 from .regions import regions
 from .replay import replay
 from .serve import serve
 from .studio import studio
+from .train import train
 from .view import view
 
 if TYPE_CHECKING:
@@ -184,6 +185,7 @@ def check(
     accept_threshold: AcceptThreshold = None,
     dtype: Dtype = None,
     device: Device = None,
+    lora: LoRA = None,
     model_option: ModelOption = None,
     as_json: AsJson = False,
 ) -> None:
@@ -197,7 +199,7 @@ def check(
     from ..models.load import load
 
     found = Calibration.load(calibration) if calibration else None
-    target = load(model, dtype=dtype, device=device, **model_options(model_option))
+    target = load(model, dtype=dtype, device=device, **model_options(model_option, lora))
     screen.say_target(target)
     accept = bool(accept_threshold)
     if found is None and model == "demo":
@@ -261,6 +263,7 @@ def audit(
     limit: Limit = None,
     shard: Shard = None,
     notes: Notes = None,
+    lora: LoRA = None,
     model_option: ModelOption = None,
     config: Config = None,
     fresh: Fresh = False,
@@ -319,6 +322,7 @@ def calibrate(
     dtype: Dtype = None,
     device: Device = None,
     limit: Limit = None,
+    lora: LoRA = None,
     model_option: ModelOption = None,
     config: Config = None,
     fresh: Fresh = False,
@@ -496,6 +500,7 @@ app.command()(redteam)
 app.command()(replay)
 app.command()(serve)
 app.command()(studio)
+app.command()(train)
 app.command()(verify)
 app.command()(view)
 
@@ -508,7 +513,7 @@ AUDIT_OPTIONS = frozenset({
     "detectors", "controls", "window", "seeds", "base_seed", "seed_mode",
     "guidance", "steps", "batch_size", "images", "reference", "measure", "captions", "measure_preset", "calibration", "accept_threshold",
     "out", "dtype", "device", "max_errors", "limit", "shard", "notes",
-    "model_option",
+    "model_option", "lora",
 })  # fmt: skip
 """Options that fill :class:`~mnemoscope.audit.config.AuditConfig`; a test keeps the two in step."""
 
@@ -538,8 +543,8 @@ def _settings(config: Path | None, options: dict[str, Any]) -> AuditConfig:
     columns = {k: given.pop(k) for k in names if k in given}
     if "prompts" in given or columns:
         given["prompts"] = {**({"path": str(given["prompts"])} if "prompts" in given else {}), **columns}
-    if "model_option" in given:
-        given["model_options"] = model_options(given.pop("model_option"))
+    if "model_option" in given or "lora" in given:
+        given["model_options"] = model_options(given.pop("model_option", None), given.pop("lora", None))
     if "reference" in given:
         given.setdefault("images", True)
     for name in ("calibration", "out", "reference", "measure", "captions"):

@@ -199,13 +199,15 @@ def _lines(what: str, every: float = 10.0) -> Iterator[Callable[[Any], None]]:
                 say(f"{what}: {p.done} pictures")
                 return
             eta = "" if p.eta is None or ended else f", {duration(p.eta)} left"
-            say(f"{what}: {p.done}/{p.asked} samples{eta}{', ' + _talk(p) if _talk(p) else ''}")
+            say(f"{what}: {p.done}/{p.asked} {getattr(p, 'unit', 'samples')}{eta}{', ' + _talk(p) if _talk(p) else ''}")
 
     yield update
 
 
 def _talk(p: Any) -> str:
-    """Hits and errors, where there are any."""
+    """What a training says of itself; of others hits and errors, where there are any."""
+    if (own := getattr(p, "talk", None)) is not None:
+        return str(own)
     return ", ".join(f"{n} {word}" for n, word in ((p.hits, "hits"), (p.errors, "failed")) if n)
 
 

@@ -31,7 +31,7 @@ __all__ = ["SIZES", "STEPS", "sizes", "train"]
 SIZES = (48, 384, 1600)
 """Pictures in the training sets."""
 
-STEPS = 1500
+STEPS = 1000
 """Training steps of each model."""
 
 DRAWN = 64

@@ -332,23 +332,27 @@ def opening(name: str) -> Iterator[None]:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """No progress bars for opening local files, whoever calls reports progress; and no surprise at a KL autoencoder in an LDMPipeline."""
+    """No progress bars for opening local files, whoever calls reports progress; and no surprise at what is as it should be."""
     loud = [log for log in (diffusers_logging, transformers_logging) if log.is_progress_bar_enabled()]
-    checks = diffusers_logging.get_logger("diffusers.pipelines.pipeline_utils")
+    checks = [
+        diffusers_logging.get_logger(f"diffusers.{name}") for name in ("pipelines.pipeline_utils", "loaders.lora_base")
+    ]
     for log in loud:
         log.disable_progress_bar()
-    checks.addFilter(_unsurprised)
+    for check in checks:
+        check.addFilter(_unsurprised)
     try:
         yield
     finally:
         for log in loud:
             log.enable_progress_bar()
-        checks.removeFilter(_unsurprised)
+        for check in checks:
+            check.removeFilter(_unsurprised)
 
 
 def _unsurprised(record: LogRecord) -> bool:
-    """Whether a message is worth showing: an LDMPipeline names a VQ model as its type, and works with either."""
-    return not record.getMessage().startswith("Expected types for vqvae")
+    """Whether a message is worth showing: an LDMPipeline works with another autoencoder than it names, a LoRA may be of the UNet alone."""
+    return not record.getMessage().startswith(("Expected types for vqvae", "No LoRA keys associated to CLIPTextModel"))
 
 
 def first_line(e: BaseException) -> str:

@@ -33,7 +33,18 @@ from .decoding import ENDINGS, MAX_BYTES, decode
 if TYPE_CHECKING:
     import pyarrow
 
-__all__ = ["Anything", "Entry", "Reading", "Source", "Unreadable", "open_source", "picture_of", "read", "reopened"]
+__all__ = [
+    "Anything",
+    "Entry",
+    "Reading",
+    "Source",
+    "Unreadable",
+    "open_source",
+    "picture_of",
+    "read",
+    "reopened",
+    "table_values",
+]
 
 CHUNK = 16
 """Pictures that one thread decodes at a stretch: enough to make handing them over cheap."""
@@ -525,6 +536,16 @@ class _Table(ABC):
         file, _, row = at.rpartition("#")
         return _bytes_of(self.cell(file, int(row)), self.base(file))
 
+    def values(self, column: str) -> Iterator[tuple[str, Any]]:
+        """Id and value of another column of every row."""
+        columns = [column, *([self.id_column] if self.id_column and self.id_column != column else [])]
+        for file in self.files():
+            row = 0
+            for block in self.blocks(file, columns):
+                for facts in block.to_pylist():
+                    yield str(facts[self.id_column]) if self.id_column else f"{file}#{row}", facts[column]
+                    row += 1
+
     def _entries(self, file: str) -> Iterator[Entry]:
         columns, row, base = [self.column, *([self.id_column] if self.id_column else [])], 0, self.base(file)
         try:
@@ -538,6 +559,21 @@ class _Table(ABC):
         except (OSError, ValueError, KeyError, NotImplementedError) as e:  # pyarrow's errors are kinds of these
             why = f"{type(e).__name__}: {e}"[:160]
             yield _lost(f"{file}#{row}!", f"table: {file or self.label()} is damaged ({why}); what follows is missing")
+
+
+def table_values(source: Source, names: Sequence[str]) -> Iterator[tuple[str, Any]] | None:
+    """Id and value, for every row of a table, of the first of these columns that there is; None: the source is no table.
+
+    Raises:
+        UnknownName: the table has none of these columns.
+    """
+    if not isinstance(source, _Table):
+        return None
+    there = source.schema().names
+    column = next((name for name in names if name in there), None)
+    if column is None:
+        raise UnknownName(f"column in {source.label()}", names[0], there)
+    return source.values(column)
 
 
 def _picture_column(schema: pyarrow.Schema, column: str | None, label: str) -> str:
