@@ -7,8 +7,10 @@ import time
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+from mnemoscope.errors import RunError, UsageError
 from mnemoscope.records.schema import Manifest, Nearest, Row, Score, Thresholds
 from mnemoscope.records.store import Run, Writer
 
@@ -215,3 +217,22 @@ def test_captions_from_the_metadata_of_the_folder(run, pictures, tmp_path, name)
     code, _, err = run("duplicates", "pictures", "--out", "dup", "--run", "run", "--captions", name)
     assert code == 2
     assert "row 1 of" in err
+
+
+def test_a_folder_of_few_pictures_serves_as_a_reference(pictures, monkeypatch, tmp_path):
+    from mnemoscope.cli import opening
+    from mnemoscope.similarity.nulls import null_of
+
+    index = opening.reference_set("pictures", None)
+    assert len(index) == 10  # all but the broken one
+    # Ten pictures may together be mistaken in at most 5 % of searches: one pair in a thousand, not one in a hundred.
+    assert index.threshold == null_of(index.name)["thresholds"]["0.001"]
+    (match,) = index.nearest(torch.from_numpy(np.array(smooth(5))).permute(2, 0, 1)[None] / 255)
+    assert (match.reference, match.copy_found) == ("5.png", True)
+    assert not list(tmp_path.rglob("manifest.json"))  # nothing is left among the pictures
+    monkeypatch.setattr(opening, "FEW", 3)
+    with pytest.raises(UsageError, match=r"11 pictures and no index; make one with `mnemoscope index build pictures"):
+        opening.reference_set("pictures", None)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(RunError, match="empty holds no index"):
+        opening.reference_set("empty", None)
