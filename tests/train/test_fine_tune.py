@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -149,11 +150,18 @@ def test_changed_pictures_are_refused(settings, train, repeated):
 
 def test_canaries_that_are_copied_end_the_training(settings, train):
     told = []
-    config = settings(canaries="0:4,3:12", canary_threshold=-0.999, descriptor="pixels", canaries_every=1)
+    config = settings(
+        canaries="0:4,3:12",
+        canary_threshold=-0.999,
+        descriptor="pixels",
+        canaries_every=1,
+        canary_screen="denoising-loss",
+    )
     trained = train(config, progress=told.append)
     assert trained.stopped
     assert trained.steps == 1
-    assert "12/12 copied" in told[-1].note
+    assert re.search(r"3 copies magnitude [\d.]+, 12/12 copied, stored \d", told[-1].note)
+    assert "| mean denoising-loss |" in (trained.folder / "README.md").read_text()
     assert train(config).steps == 1  # and it stays ended
     assert trained.pictures == NUMBER - 4
     assert "12 of 12" in (trained.folder / "README.md").read_text()

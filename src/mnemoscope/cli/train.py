@@ -90,6 +90,9 @@ def train(
     canary_threshold: Annotated[
         float | None, _option("Similarity of a copy; with it pictures are made, and copies end the training.")
     ] = None,
+    canary_screen: Annotated[
+        str | None, _option("A cheap measure of how strongly each is stored, for instance denoising-loss.")
+    ] = None,
     dedupe: Annotated[
         str | None, _option("Near-duplicates: off (default), drop all but one, or merge their captions.")
     ] = None,

@@ -8,7 +8,7 @@ verdict; each page says what its number means.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import EntryPoint
 from typing import Any, Protocol, runtime_checkable
 
@@ -89,6 +89,24 @@ def spec_of(measure: Measure) -> dict[str, Any]:
         "name": measure.name,
         "options": {k: getattr(measure, k) for k in inspect.signature(type(measure)).parameters},
     }
+
+
+def screen_of(
+    measure: Measure, pictures: Mapping[int, Float[Tensor, "3 rows columns"]], captions: Mapping[int, str]
+) -> Callable[[Target, int], float]:
+    """A measure as what a canary watch calls for each row (:class:`mnemoscope.mitigate.canaries.CanaryWatch`).
+
+    Args:
+        measure: What to ask.
+        pictures: Row → the canary, in [0, 1].
+        captions: Row → its caption.
+    """
+
+    def screen(target: Target, row: int) -> float:
+        prompts = [captions[row]] if target.has_text else None
+        return float(measure(target, pictures[row][None], prompts=prompts, keys=[row])[0])
+
+    return screen
 
 
 def describe(entry: EntryPoint) -> tuple[str, str, str]:

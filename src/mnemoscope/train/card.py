@@ -51,7 +51,7 @@ def write_card(prepared: Prepared, trained: Trained, readings: Sequence[Reading]
         _protection(prepared),
         _pictures(prepared, trained),
         _filtered(prepared, trained),
-        _canaries(readings, trained),
+        _canaries(readings, trained, prepared.config.canary_screen),
         _worst(prepared, trained),
         _audit(prepared, trained),
     ]
@@ -148,7 +148,7 @@ def _filtered(prepared: Prepared, trained: Trained) -> str:
     return f"Of all samples, {100 * trained.kept:.1f} % were in the loss (`losses.jsonl` has the share of every step)."
 
 
-def _canaries(readings: Sequence[Reading], trained: Trained) -> str:
+def _canaries(readings: Sequence[Reading], trained: Trained, measure: str | None) -> str:
     if not readings:
         return ""
     last = readings[-1]
@@ -158,11 +158,13 @@ def _canaries(readings: Sequence[Reading], trained: Trained) -> str:
             str(level.n),
             f"{level.magnitude:.4g}",
             "not tested" if level.copied is None else f"{level.copied} of {level.n}",
+            *(() if measure is None else (f"{level.screen:.4g}",)),
         )
         for level in last.levels
     ]
     stopped = " Copies of the most repeated ended the training." if trained.stopped else ""
-    table = _table(("copies", "canaries", "mean magnitude", "copied"), rows)
+    stored = () if measure is None else (f"mean {measure}",)
+    table = _table(("copies", "canaries", "mean magnitude", "copied", *stored), rows)
     return f"Canaries at step {last.step:,} (`canary-history.jsonl` has all looks).{stopped}\n\n{table}"
 
 

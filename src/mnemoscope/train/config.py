@@ -123,6 +123,8 @@ class TrainConfig(BaseModel):
     """Steps between looks at the canaries; by default ``save_every``."""
     canary_threshold: float | None = _setting(None, "a similarity such as 0.9", gt=-1, lt=1)
     """Similarity above which a generation is a copy of its canary; without it nothing is generated and the training is not stopped."""
+    canary_screen: str | None = _setting(None, "an installed measure such as denoising-loss")
+    """How strongly each canary is stored, by this measure, at each look (``mnemoscope ls measures``)."""
     dedupe: Literal["off", "drop", "merge"] = _setting("off", "'off', 'drop' or 'merge'")
     """Near-duplicates: keep one of each cluster, with its own caption (drop) or those of all (merge)."""
     dedupe_threshold: float | None = _setting(None, "a similarity between -1 and 1", gt=-1, lt=1)
@@ -192,7 +194,8 @@ class TrainConfig(BaseModel):
 
     @model_validator(mode="after")
     def _fits(self) -> TrainConfig:
-        if not self.canaries and (self.canary_threshold is not None or self.canaries_every is not None):
+        asked = (self.canary_threshold, self.canaries_every, self.canary_screen)
+        if not self.canaries and any(value is not None for value in asked):
             raise UsageError("there are no canaries to look at; plant some, for instance 0:20,1:20,16:20,64:20.")
         if self.clean is not None and not self.needs_clean:
             raise UsageError(

@@ -10,6 +10,8 @@ import torch
 
 from ..audit.batch import webp
 from ..audit.check import check
+from ..measure.base import build as build_measure
+from ..measure.base import screen_of
 from ..mitigate.canaries import CanaryPlan, CanaryWatch, near
 from ..models.base import Target
 from ..records.canaries import read_history, write_history
@@ -47,6 +49,7 @@ class Canaries:
         latents: Of the training set.
         descriptor: What says how similar two pictures are.
         threshold: Similarity above which a generation is a copy; None: nothing is generated.
+        screen: Name of a measure of how strongly each canary is stored; None: none.
         history: File of the readings.
     """
 
@@ -59,15 +62,19 @@ class Canaries:
         *,
         descriptor: str,
         threshold: float | None,
+        screen: str | None,
         history: Path,
     ):
-        copied = None
-        if threshold is not None:
-            rows = torch.tensor([c.row for c in plan.canaries])
-            means = torch.from_numpy(latents.moments[rows.numpy(), 0, 0])
-            pictures = dict(zip(rows.tolist(), target.decode(means), strict=True))
-            copied = near(build(descriptor), pictures, threshold)
-        self.watch = CanaryWatch(plan, captions, copied=copied, steps=STEPS)
+        rows = [c.row for c in plan.canaries]
+        pictures = {}
+        if threshold is not None or screen is not None:
+            means = torch.from_numpy(latents.moments[rows, 0, 0])
+            pictures = dict(zip(rows, target.decode(means), strict=True))
+        copied = None if threshold is None else near(build(descriptor), pictures, threshold)
+        stored = None
+        if screen is not None:
+            stored = screen_of(build_measure(screen), pictures, dict(zip(rows, captions, strict=True)))
+        self.watch = CanaryWatch(plan, captions, copied=copied, screen=stored, steps=STEPS)
         self.history = history
 
     def go_on_from(self, step: int) -> None:
@@ -87,5 +94,6 @@ class Canaries:
         return ", ".join(
             f"{level.copies} copies magnitude {level.magnitude:.3f}"
             + ("" if level.copied is None else f", {level.copied}/{level.n} copied")
+            + ("" if level.screen is None else f", stored {level.screen:.4g}")
             for level in self.watch.history[-1].levels
         )

@@ -236,7 +236,7 @@ class Loop:
         captions = [self.p.data.pictures[c.row].captions[0] for c in plan.canaries]
         return Canaries(
             plan, captions, self.p.trainee.target, self.p.latents, descriptor=config.descriptor,
-            threshold=config.canary_threshold, history=self.folder / "canary-history.jsonl",
+            threshold=config.canary_threshold, screen=config.canary_screen, history=self.folder / "canary-history.jsonl",
         )  # fmt: skip
 
     # States
