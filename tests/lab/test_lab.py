@@ -11,11 +11,12 @@ import pytest
 
 from mnemoscope.demo.world import World
 from mnemoscope.errors import UsageError
-from mnemoscope.lab import pages, sizes, stored
+from mnemoscope.lab import pages, protection, sizes, stored
 from mnemoscope.lab.__main__ import STUDIES
 from mnemoscope.lab.pages import Finding
 from mnemoscope.measure.invmm import varied
 from mnemoscope.models.load import load
+from mnemoscope.train.config import TrainConfig
 
 
 def test_a_finding_replaces_its_block_and_nothing_else(tmp_path):
@@ -93,6 +94,43 @@ def test_a_model_of_the_size_study_goes_on_where_it_was_stopped(tmp_path):
     before = (tmp_path / "whole" / "training.pt").stat().st_mtime_ns
     sizes.train(world, rows, tmp_path / "whole", steps=4)
     assert (tmp_path / "whole" / "training.pt").stat().st_mtime_ns == before
+
+
+def test_pictures_of_the_protection_study(tmp_path):
+    world = World()
+    repeated, others, ordinary = protection.chosen(world)
+    assert (len(repeated), len(others), len(ordinary)) == (12, 150, 24)
+    assert len({row.picture for row in repeated + others}) == 162
+    assert not {row.concept for row in repeated} & {row.concept for row in others}
+    shown = {row.picture for row in world.trained}
+    assert not {row.picture for row in repeated + others} & shown
+    folder = protection.folder_of(world, repeated[:2], others[:3], tmp_path / "pictures")
+    assert len(list(folder.glob("*.png"))) == 2 * 24 + 3
+    lines = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
+    assert {line["text"] for line in lines} == {row.caption for row in repeated[:2] + others[:3]}
+    for settings in protection.VARIANTS.values():
+        TrainConfig(model="demo", data=str(folder), out=str(tmp_path / "out"), **settings)
+    with pytest.raises(UsageError, match="name demo"):
+        protection.protection("demo-unconditional", tmp_path, 1)
+
+
+@pytest.mark.slow
+def test_the_protection_study_from_end_to_end(tmp_path, monkeypatch, capsys):
+    for name, value in (("REPEATED", 2), ("COPIES", 3), ("OTHERS", 14), ("ORDINARY", 2), ("STEPS", 2), ("SAMPLER", 2)):
+        monkeypatch.setattr(protection, name, value)
+    some = {
+        k: v
+        for k, v in protection.VARIANTS.items()
+        if k in ("no protection", "filter, τ = 1", "near-duplicates dropped")
+    }
+    monkeypatch.setattr(protection, "VARIANTS", some)
+    finding = protection.protection("demo", tmp_path, 2)
+    assert set(finding.facts) == {*some, "not fine-tuned"}
+    assert all(len(made) == 2 for name, made in finding.facts.items() if name != "not fine-tuned")
+    assert finding.text.count("\n| ") == 1 + 1 + 3
+    capsys.readouterr()
+    again = protection.protection("demo", tmp_path, 2)
+    assert again.facts == finding.facts
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ python -m mnemoscope.lab replication demo-unconditional the bound against brute 
 python -m mnemoscope.lab membership demo-unconditional  memorization is not membership
 python -m mnemoscope.lab steps CHECKPOINTS              score against training steps, over a folder of pipelines
 python -m mnemoscope.lab sizes demo-unconditional       score against training-set size; trains three models first
+python -m mnemoscope.lab protection demo                what protections of a fine-tuning are worth (--pictures: training seeds)
 python -m mnemoscope.lab samplers demo-unconditional    what other samplers make of the noise that was found
 """
 
@@ -13,7 +14,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from . import pages, sizes, stored
+from . import pages, protection, sizes, stored
 
 STUDIES = {
     "copies": stored.copies,
@@ -22,6 +23,7 @@ STUDIES = {
     "steps": stored.training_steps,
     "sizes": sizes.sizes,
     "samplers": stored.samplers,
+    "protection": protection.protection,
 }
 
 
@@ -32,7 +34,7 @@ def main() -> None:
     )
     p.add_argument("study", choices=STUDIES)
     p.add_argument("model", nargs="?", default="demo-unconditional", help="a bundled model, or a folder of checkpoints")
-    p.add_argument("--pictures", type=int, default=8, help="of each level")
+    p.add_argument("--pictures", type=int, default=8, help="of each level; of the protection study: training seeds")
     p.add_argument(
         "--work", type=Path, default=Path("build/lab"), help="where results are kept; the same command continues"
     )
