@@ -17,29 +17,30 @@ import numpy as np
 from scipy.stats import spearmanr
 
 from common import DOCS, machine, markdown_table, write_block
+from mnemoscope import World, load
 from mnemoscope.audit.measures import Measured, Picture, measured
-from mnemoscope.lab.stored import cases, setting
+from mnemoscope.lab.sizes import rows_of as size_study_rows
+from mnemoscope.lab.stored import as_files, cases, setting
+from mnemoscope.measure.invmm import InvMM, varied
 
 MODEL = "demo-unconditional"
+FEW = Path("build/lab/sizes-48/pipeline")
+"""The model that was shown 48 pictures and nothing else, of ``python -m mnemoscope.lab sizes demo-unconditional``."""
 
 
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--pictures", type=int, default=2, help="of each kind")
     p.add_argument("--seeds", type=int, default=3)
+    p.add_argument("--few", action="store_true", help=f"of a model that was shown few pictures ({FEW})")
     p.add_argument("--work", type=Path, default=Path("build/bench-invmm"))
     args = p.parse_args()
+    if args.few:
+        args.work /= "few"
     kinds: dict[str, list[Picture]] = {}
     found: dict[tuple[str, str], list[list[Measured]]] = {}
     for name in ("official", "improved"):
-        world, _, method = setting(MODEL, name=name)
-        every = cases(world, args.work / "pictures", args.pictures, captions=False)
-        kinds = {
-            "memorized": [c.picture for c in every if c.copies == world.levels[-1]],
-            "held out": [c.picture for c in every if not c.copies][: args.pictures],
-            "between": [c.picture for c in every if 0 < c.copies < world.levels[-1]],
-        }
-        copies = {c.picture.file.name: c.copies for c in every}
+        kinds, copies, method = (few if args.few else bundled)(name, args.pictures, args.work / "pictures")
         for kind, pictures in kinds.items():
             # A seed of its own for each repetition: draws come from a picture's id, and ids from its setting.
             for seed in range(args.seeds if kind == "memorized" else 1):
@@ -47,13 +48,7 @@ def main() -> None:
                 found.setdefault((name, kind), []).append(measured(method, repeated(pictures, out, seed), out))
                 print(name, kind, seed, [(m.score, m.result["forwards"]) for m in found[name, kind][-1]], flush=True)
     facts: dict[str, Any] = {"machine": machine(), "kinds": {k: len(v) for k, v in kinds.items()}}
-    rows, ranks = [], {}
-    for name in ("official", "improved"):
-        trained = [m for kind in ("memorized", "between") for m in found[name, kind][0]]
-        scores = np.array([m.score for m in trained])  # infinite: censored, all last together
-        dose = np.log([copies[Path(m.image).name] for m in trained])
-        ranks[name] = float(spearmanr(scores, dose).statistic)
-        facts[f"rho {name}"] = ranks[name]
+    rows: list[list[str]] = []
     for kind in kinds:
         cost = {n: np.array([[m.result["forwards"] + m.result["backwards"] for m in r] for r in found[n, kind]]).mean(0)
                 for n in ("official", "improved")}  # fmt: skip
@@ -65,16 +60,57 @@ def main() -> None:
             *(f"{np.isfinite(s).sum()} of {s.size}" for s in scores.values()), *(nats(s) for s in scores.values()),
         ])  # fmt: skip
         facts[kind] = {n: {"cost": cost[n].tolist(), "nats": np.nan_to_num(scores[n], nan=-1).tolist()} for n in cost}
+    which = (
+        f"the model that was shown {FEW.parent.name.split('-')[1]} pictures and nothing else"
+        if args.few
+        else f"`{MODEL}`"
+    )
     text = "\n\n".join([
-        f"Measured by `python bench/invmm.py` on {machine()}: `{MODEL}`, {args.pictures} pictures of each kind, {args.seeds} seeds of the "
-        f"memorized ones.",
+        f"Measured by `python bench/invmm.py{' --few' if args.few else ''} --pictures {args.pictures}` on {machine()}: {which}, "
+        f"{args.pictures} pictures of each kind or level, {args.seeds} seeds of the memorized ones.",
         markdown_table(["pictures", "F + B, official", "F + B, improved", "share, picture by picture", "reproduced, official", "improved",
                         "nats, official", "improved"], rows),
-        f"Nats are of pictures that were reproduced: mean ± standard deviation over seeds. Spearman's ρ of score and ln(copies) over "
-        f"{len(kinds['memorized']) + len(kinds['between'])} trained pictures: official {ranks['official']:.2f}, improved "
-        f"{ranks['improved']:.2f}.",
+        "Nats are of pictures that were reproduced: mean, and standard deviation over seeds."
+        + ("" if args.few else ranked(found, copies, facts)),
     ])  # fmt: skip
-    write_block(DOCS / "benchmark.md", "measured-invmm", text, facts)
+    write_block(DOCS / "benchmark.md", f"measured-invmm{'-few' if args.few else ''}", text, facts)
+
+
+def ranked(found: dict[tuple[str, str], list[list[Measured]]], copies: dict[str, int], facts: dict[str, Any]) -> str:
+    """Whether both presets put trained pictures in the order of their copies."""
+    ranks = {}
+    for name in ("official", "improved"):
+        trained = [m for kind in ("memorized", "between") for m in found[name, kind][0]]
+        scores = np.array([m.score for m in trained])  # infinite: censored, all last together
+        dose = np.log([copies[Path(m.image).name] for m in trained])
+        facts[f"rho {name}"] = ranks[name] = float(spearmanr(scores, dose).statistic)
+    return (
+        f" Spearman's ρ of score and ln(copies) over {len(trained)} trained pictures: official {ranks['official']:.2f}, improved "
+        f"{ranks['improved']:.2f}."
+    )
+
+
+def bundled(name: str, n: int, work: Path) -> tuple[dict[str, list[Picture]], dict[str, int], InvMM]:
+    """Pictures of the bundled model by kind, their copies by file name, and the method."""
+    world, _, method = setting(MODEL, name=name)
+    every = cases(world, work, n, captions=False)
+    kinds = {
+        "memorized": [c.picture for c in every if c.copies == world.levels[-1]],
+        "held out": [c.picture for c in every if not c.copies][:n],
+        "between": [c.picture for c in every if 0 < c.copies < world.levels[-1]],
+    }
+    return kinds, {c.picture.file.name: c.copies for c in every}, method
+
+
+def few(name: str, n: int, work: Path) -> tuple[dict[str, list[Picture]], dict[str, int], InvMM]:
+    """The same of the model that was shown few pictures."""
+    if not FEW.exists():
+        raise SystemExit(f"{FEW} is missing; make it with: python -m mnemoscope.lab sizes demo-unconditional")
+    world, target = World("unconditional"), load(str(FEW), dtype="float32")
+    method = InvMM(target, world.reference.descriptor, varied(target, name), beta=world.same_picture)
+    shown, held = size_study_rows(world)
+    kinds = {"memorized": as_files(world, shown[:n], work), "held out": as_files(world, held[:n], work)}
+    return {kind: [c.picture for c in some] for kind, some in kinds.items()}, {}, method
 
 
 def nats(scores: np.ndarray) -> str:

@@ -65,7 +65,7 @@ def test_a_lora_file_loads_in_an_audit(settings, train, tiny_folder):
         base.predict(x, t, base.encode(["a thing"])), tuned.predict(x, t, tuned.encode(["a thing"])), atol=1e-3
     )
     assert (trained.folder / "checkpoints" / "step-0000004" / "pytorch_lora_weights.safetensors").is_file()
-    assert "lora=" in (trained.folder / "README.md").read_text()
+    assert " --lora " in (trained.folder / "README.md").read_text()
 
 
 def test_a_whole_fine_tuning_is_a_pipeline_folder(settings, train, tiny_folder):

@@ -31,7 +31,6 @@ from ..models.sampling import denoise
 from ..records.store import write_whole
 from ..similarity.captions import WorldCaptions
 from ..train.config import AUGMENTATIONS, TrainConfig
-from ..train.run import fine_tune
 from .pages import Finding, machine, table
 
 __all__ = ["VARIANTS", "Outcome", "folder_of", "protection"]
@@ -61,7 +60,7 @@ class Outcome:
         fidelity: Mean caption score of them.
         ordinary: The same for ordinary captions.
         kept: Share of samples that were in the loss.
-        seconds: Of the training.
+        seconds: Of the training; None: it was interrupted.
     """
 
     copied: list[int]
@@ -69,7 +68,7 @@ class Outcome:
     fidelity: float
     ordinary: float
     kept: float
-    seconds: float
+    seconds: float | None
 
 
 def protection(model: str, work: Path, n: int) -> Finding:
@@ -89,7 +88,7 @@ def protection(model: str, work: Path, n: int) -> Finding:
                 f"{name}, seed {seed}: {sum(outcome.copied)} of {SEEDS * REPEATED} copied, fidelity {outcome.fidelity:.3f}",
                 flush=True,
             )
-    base = _drawn_outcome(load("demo"), world, judge, repeated, ordinary, kept=1.0, seconds=0.0)
+    base = _drawn_outcome(load("demo"), world, judge, repeated, ordinary, kept=1.0, seconds=None)
     rows = [_row("not fine-tuned", [base]), *(_row(name, made) for name, made in found.items())]
     text = "\n\n".join([
         f"Measured by `python -m mnemoscope.lab protection demo --pictures {n}` on {machine()}: LoRA of rank {RANK}, {STEPS} steps of "
@@ -138,9 +137,12 @@ def _outcome(
         model="demo", data=str(data), out=str(folder), steps=STEPS, batch_size=BATCH, lora=RANK, lr=RATE, caption_dropout=0.1,
         seed=seed, **settings,
     )  # fmt: skip
+    from ..train.run import fine_tune  # needs an extra that the other studies do not
+
+    whole = not (folder / "train.json").exists()
     began = time.perf_counter()
     trained = fine_tune(config)
-    seconds = time.perf_counter() - began
+    seconds = time.perf_counter() - began if whole else None
     target = load("demo", lora=trained.result)
     outcome = _drawn_outcome(target, world, judge, repeated, ordinary, kept=trained.kept, seconds=seconds)
     write_whole(file, (json.dumps(asdict(outcome)) + "\n").encode())
@@ -148,7 +150,8 @@ def _outcome(
 
 
 def _drawn_outcome(
-    target: Target, world: World, judge: WorldCaptions, repeated: Sequence[Row], ordinary: Sequence[Row], *, kept: float, seconds: float
+    target: Target, world: World, judge: WorldCaptions, repeated: Sequence[Row], ordinary: Sequence[Row], *, kept: float,
+    seconds: float | None,
 ) -> Outcome:  # fmt: skip
     """Draw all captions and look at the drawings."""
     own = world.reference.descriptor(world.pictures([row.picture for row in repeated]))
@@ -184,11 +187,9 @@ def _row(name: str, made: Sequence[Outcome]) -> list[str]:
     copied = np.array([outcome.copied for outcome in made]) / SEEDS
     pictures = np.tile(np.arange(copied.shape[1]), len(copied))
     rate = stats.clustered(lambda values: float(np.mean(values)), copied.flatten(), pictures, share=True)
-    of = {
-        key: float(np.mean([getattr(outcome, key) for outcome in made]))
-        for key in ("fidelity", "ordinary", "kept", "seconds")
-    }
+    of = {key: float(np.mean([getattr(outcome, key) for outcome in made])) for key in ("fidelity", "ordinary", "kept")}
+    seconds = [outcome.seconds for outcome in made if outcome.seconds]
     return [
         name, f"{rate.value:.1%} [{rate.low:.1%}, {rate.high:.1%}]", f"{np.mean([outcome.similarity for outcome in made]):.2f}",
-        f"{of['fidelity']:.3f}", f"{of['ordinary']:.3f}", f"{of['kept']:.0%}", f"{of['seconds']:.0f}",
+        f"{of['fidelity']:.3f}", f"{of['ordinary']:.3f}", f"{of['kept']:.0%}", f"{np.mean(seconds):.0f}" if seconds else "–",
     ]  # fmt: skip

@@ -26,7 +26,7 @@ from ..similarity.reference import ReferenceSet
 from .pages import Finding, table
 from .stored import BATCH, as_files, finite, lines_plot, measured_by, or_censored, results
 
-__all__ = ["SIZES", "STEPS", "sizes", "train"]
+__all__ = ["SIZES", "STEPS", "rows_of", "sizes", "train"]
 
 SIZES = (48, 384, 1600)
 """Pictures in the training sets."""
@@ -46,8 +46,7 @@ def sizes(model: str, work: Path, n: int) -> Finding:
     if model != "demo-unconditional":
         raise UsageError("sizes are those of training sets of models like demo-unconditional; name that one.")
     world = World("unconditional")
-    shown = _order(world)
-    held = [row for row in world.of("heldout") if row.concept not in {r.concept for r in shown[: SIZES[0]]}]
+    shown, held = rows_of(world)
     some = as_files(world, shown[:n] + held[:n], work / "pictures")
     rows, facts = [], {}
     lines: dict[str, list[tuple[int, float]]] = {}
@@ -76,6 +75,12 @@ def sizes(model: str, work: Path, n: int) -> Finding:
         {str(k): v for k, v in facts.items()},
         lines_plot(lines, "pictures in training"),
     )
+
+
+def rows_of(world: World) -> tuple[list[Row], list[Row]]:
+    """Pictures in the order in which sets take them, and held-out ones of concepts that the smallest set lacks."""
+    shown = _order(world)
+    return shown, [row for row in world.of("heldout") if row.concept not in {r.concept for r in shown[: SIZES[0]]}]
 
 
 def _order(world: World) -> list[Row]:

@@ -197,18 +197,18 @@ def replication(model: str, work: Path, n: int) -> Finding:
     hits = (_prompted if target.has_text else _plain_hits)(world, method, some, found, samples)
     rows, facts, holds = [], [], 0
     for case, m, k in zip(some, found, hits, strict=True):
-        seen, least = stats.clopper_pearson(k, samples), m.result["at_least"]
-        claimed = least is not None
-        holds += claimed and least <= seen.high
+        least = m.result["at_least"]
         facts.append(
             {"picture": case.row.picture, "copies": case.copies, "nats": m.result["nats"], "at_least": least, "hits": k}
         )
-        if claimed:
+        if least is not None and k is not None:
+            seen = stats.clopper_pearson(k, samples)
+            holds += least <= seen.high
             rows.append([
                 case.row.picture, str(case.copies), f"{m.result['nats']:.2f}", "{}/{}".format(*m.result["succeeded"]),
                 f"{least:.2g}", f"{k / samples:.2%} [{seen.low:.2%}, {seen.high:.2%}]",
             ])  # fmt: skip
-    told = [f for f in facts if f["at_least"] is not None]
+    told = [f for f in facts if f["at_least"] is not None and f["hits"] is not None]
     rank = spearmanr([f["nats"] for f in told], [f["hits"] for f in told]).statistic if len(told) > 2 else math.nan
     text = "\n\n".join([
         measured_by("replication", model, method, some, n) + f" {samples} samples of plain noise by the sampler of the tests"
@@ -224,7 +224,7 @@ def replication(model: str, work: Path, n: int) -> Finding:
 
 def _plain_hits(
     world: World, method: InvMM, some: Sequence[Case], found: Sequence[Measured], samples: int
-) -> list[int]:
+) -> list[int | None]:
     """How many of the same samples are each of the pictures."""
     target, hits = method.target, torch.zeros(len(some), dtype=torch.long)
     own = method.descriptor(world.pictures([c.row.picture for c in some]))
@@ -232,16 +232,19 @@ def _plain_hits(
         noise = noise_from_seeds(range(start, start + BATCH), 1, target.latent_shape).to(target.device)
         similar = method.descriptor(method.drawn(noise, None, None)) @ own.T
         hits += (similar >= method.beta).sum(0).cpu()
-    return hits.tolist()
+    return [*hits.tolist()]
 
 
-def _prompted(world: World, method: InvMM, some: Sequence[Case], found: Sequence[Measured], samples: int) -> list[int]:
+def _prompted(
+    world: World, method: InvMM, some: Sequence[Case], found: Sequence[Measured], samples: int
+) -> list[int | None]:
     """How many samples of each picture's own caption are that picture; of those that were not reproduced, none are drawn."""
-    target, hits = method.target, []
+    target = method.target
+    hits: list[int | None] = []
     noise = noise_from_seeds(range(samples), 1, target.latent_shape).to(target.device)
     for case, m in zip(some, found, strict=True):
         if not m.result["passed"]:
-            hits.append(0)
+            hits.append(None)
             continue
         own = method.descriptor(world.pictures([case.row.picture]))[0]
         cond = target.encode([case.row.caption])
@@ -280,7 +283,7 @@ def membership(model: str, work: Path, n: int) -> Finding:
     screened = [_missed(name, scores[name], passed) for name in MEMBERSHIP]
     text = "\n\n".join([
         measured_by("membership", model, method, some, n),
-        table(["measure", "AUC, trained against held out", f"AUC, {lowest} copy per epoch against held out",
+        table(["measure", "AUC, trained against held out", f"AUC, {lowest} {'copy' if lowest == 1 else 'copies'} per epoch against held out",
                f"AUC, {highest} copies against {lowest}"], rows),
         f"As a screen: of the {int(passed.sum())} pictures that InvMM reproduced, how many are among those that the cheap "
         f"measure finds most suspicious?",

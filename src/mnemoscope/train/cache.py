@@ -142,14 +142,16 @@ class Captions:
             self._known = {text: i for i, text in enumerate(different)}
 
     def tokens(
-        self, rows: Int[Tensor, " batch"], blank: Bool[Tensor, " batch"], step: int
+        self, rows: Int[Tensor, " batch"], blank: Bool[Tensor, " batch"], places: Sequence[int]
     ) -> Float[Tensor, "batch token dim"]:
-        """Embeddings for one batch, on the model's device; those of dropped captions are the empty prompt's, bit for bit."""
-        numbers = rows.tolist()
-        words = self.augment([self.texts[row] for row in numbers], numbers, step)
+        """Embeddings for one batch, on the model's device; those of dropped captions are the empty prompt's, bit for bit.
+
+        ``places`` number the visits of the whole training: a picture that comes twice in one step has two draws of its own.
+        """
+        words = self.augment([self.texts[row] for row in rows.tolist()], places, 0)
         found = self._encoded(words)
         if self.noise:
-            found = noise_embeddings(found, self.noise, seed=self.augment.seed, samples=numbers, step=step)
+            found = noise_embeddings(found, self.noise, seed=self.augment.seed, samples=places, step=0)
         return torch.where(blank.to(found.device, non_blocking=True)[:, None, None], self.null.tokens, found)
 
     def _encoded(self, words: list[str]) -> Tensor:

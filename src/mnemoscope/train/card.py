@@ -188,6 +188,9 @@ def _audit(prepared: Prepared, trained: Trained) -> str:
     model: list[str] = [str(trained.result)]
     if prepared.config.lora is not None:
         model = [prepared.config.model, "--lora", str(trained.result)]
+        model += [word for k, v in prepared.config.model_options.items() for word in ("--model-option", f"{k}={v}")]
+    if prepared.config.resolution is not None:
+        model += ["--model-option", f"resolution={prepared.config.resolution}"]
     command = [
         "mnemoscope",
         "audit",

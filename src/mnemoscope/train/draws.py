@@ -24,6 +24,7 @@ class Visits:
     """One batch. All of it is on the CPU.
 
     Attributes:
+        places: Of these samples in the whole training.
         rows: Which pictures.
         mirrored: Which of them are mirrored.
         posterior: Standard normal noise of the autoencoder's posterior.
@@ -32,6 +33,7 @@ class Visits:
         blank: Whose caption is replaced by the empty prompt.
     """
 
+    places: range
     rows: Int[Tensor, " batch"]
     mirrored: Bool[Tensor, " batch"]
     posterior: Latents
@@ -65,6 +67,7 @@ class Draws:
         rows = torch.stack([self._row(place) for place in range(start, start + n)])
         numbers = torch.stack([u for u, _, _ in drawn])
         return Visits(
+            places=range(start, start + n),
             rows=rows,
             mirrored=numbers[:, 0] < 0.5 if self.flip else torch.zeros(n, dtype=torch.bool),
             posterior=torch.stack([z for _, z, _ in drawn]),

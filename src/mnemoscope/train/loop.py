@@ -142,7 +142,7 @@ class Loop:
             # Gradients are exchanged once per step, with the last of its parts.
             alone = part + 1 < config.accumulate
             with self.accelerator.no_sync(self.unet) if alone else nullcontext():
-                loss, kept = self._loss(visits, step)
+                loss, kept = self._loss(visits)
                 self.accelerator.backward(loss / config.accumulate)
             readings.append(torch.stack([loss.detach(), kept / n]))
         reading = torch.stack(readings).mean(0)
@@ -151,12 +151,12 @@ class Loop:
             self.state.average.update(step)
         self.pending.append(reading)
 
-    def _loss(self, visits: Visits, step: int) -> tuple[Tensor, Tensor]:
+    def _loss(self, visits: Visits) -> tuple[Tensor, Tensor]:
         """The loss of this process's samples, and how many of those of all processes are in it."""
         device, objective = self.accelerator.device, self.p.objective
         x0 = self.p.latents.draw(visits.rows, visits.mirrored, visits.posterior).to(device, non_blocking=True)
         noise, t = visits.noise.to(device, non_blocking=True), visits.t.to(device, non_blocking=True)
-        tokens = self.p.captions.tokens(visits.rows, visits.blank, step)
+        tokens = self.p.captions.tokens(visits.rows, visits.blank, visits.places)
         x = objective.noised(x0, noise, t)
         output = self.unet(x, t, tokens, return_dict=False)[0]
         each = objective.losses(output, x0, noise, t)
@@ -191,8 +191,8 @@ class Loop:
         for line in lines:
             if not math.isfinite(line["loss"]):
                 raise ModelFault(
-                    f"the loss at step {line['step']} is {line['loss']}: use a smaller lr, or bf16 instead of fp16; the command goes on "
-                    f"from the last checkpoint."
+                    f"the loss at step {line['step']} is {line['loss']}: begin anew in another --out with a smaller lr, or with "
+                    f"bf16 instead of fp16."
                 )
         if self.accelerator.is_main_process:
             self.losses.append(lines)

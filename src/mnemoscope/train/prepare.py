@@ -151,18 +151,19 @@ def prepare(config: TrainConfig, accelerator: Accelerator, say: Say, data: Anyth
     trainee = open_trainee(config, accelerator.device)
     side = side_of(trainee, config)
     found = looked_at(config, side, data)
-    if main:
-        write_problems(folder / "problems.jsonl", found.problems)
-    _say_problems(found, config, say)
-    kept, repeats = _deduped(config, found, folder, say)
     settings = {
         **config.identity(), "resolution": side, "pictures": found.digest(), "processes": accelerator.num_processes,
         "revision": trainee.origin.revision, "thresholds": None if named is None else digest(named.record.model_dump()),
     }  # fmt: skip
     accelerator.wait_for_everyone()
-    _refuse_others(folder, settings)
+    _refuse_others(
+        folder, settings
+    )  # before anything is written: what is refused must leave the other training as it is
+    _say_problems(found, config, say)
     if main:
+        write_problems(folder / "problems.jsonl", found.problems)
         write_whole(folder / "train.json", (json.dumps(settings, indent=2, ensure_ascii=False) + "\n").encode())
+    kept, repeats = _deduped(config, found, folder, say)
     texts = [p.captions for p in kept.pictures]
     parts = split(config, texts)
     if main and parts.plan is not None:
@@ -305,6 +306,9 @@ def _fit(prepared: Prepared, side: int) -> TimestepThresholds:
             trainee.target, clean, side, flip=False, file=prepared.folder / "latents-clean.bin",
             gigabytes=config.cache_gigabytes,
         )  # fmt: skip
-        captions = Captions(trainee.target, [p.captions for p in clean.pictures], prepared.captions.augment)
+        captions = Captions(
+            trainee.target, [p.captions for p in clean.pictures], prepared.captions.augment, noise=prepared.captions.noise,
+            gigabytes=config.cache_gigabytes,
+        )  # fmt: skip
     source += f"; {trainee.target.name} before its first step"
     return clean_thresholds(config, trainee, prepared.objective, latents, captions, rows, source)

@@ -150,7 +150,7 @@ def clean_thresholds(
         device = trainee.target.device
         x0 = latents.draw(visits.rows, visits.mirrored, visits.posterior).to(device)
         x = objective.noised(x0, visits.noise.to(device), t.to(device))
-        tokens = captions.tokens(visits.rows, visits.blank, start)
+        tokens = captions.tokens(visits.rows, visits.blank, visits.places)
         output = trainee.unet(x, t.to(device), tokens, return_dict=False)[0]
         sizes.append(look(x, t.to(device), output, cond=tokens).sizes)
         times.append(t)
