@@ -279,11 +279,12 @@ def membership(model: str, work: Path, n: int) -> Finding:
         }
         rows.append([name, *(_words(v) for v in of.values())])
         facts[name] = {k: _plain(v) for k, v in of.items()}
+    few = "1 copy" if lowest == 1 else f"{lowest} copies"
     passed = np.array([m.result["passed"] for m in found])
     screened = [_missed(name, scores[name], passed) for name in MEMBERSHIP]
     text = "\n\n".join([
         measured_by("membership", model, method, some, n),
-        table(["measure", "AUC, trained against held out", f"AUC, {lowest} {'copy' if lowest == 1 else 'copies'} per epoch against held out",
+        table(["measure", "AUC, trained against held out", f"AUC, {few} per epoch against held out",
                f"AUC, {highest} copies against {lowest}"], rows),
         f"As a screen: of the {int(passed.sum())} pictures that InvMM reproduced, how many are among those that the cheap "
         f"measure finds most suspicious?",
