@@ -459,5 +459,11 @@ def test_audit_against_a_reference_set(run, tmp_path, monkeypatch):
     assert other.nearest.similarity < same.nearest.similarity
     assert same.nearest.copy_found is None  # the set has no threshold of its own yet
     assert (tmp_path / "runs/b" / same.nearest.file).is_file()
-    code, _, err = run(*words, "--reference", "runs/a/images", "--out", "runs/c")
-    assert (code, "mnemoscope index build" in err) == (2, True)
+    # A folder of few pictures serves as it is, with a threshold that is said.
+    code, _, err = run(*words, "--seeds", 1, "--reference", "runs/a/images", "--out", "runs/c")
+    assert (code, "mnemoscope index build" in err) == (0, True)
+    (row,) = mnemoscope.Run("runs/c").rows()
+    assert row.nearest.copy_found
+    (tmp_path / "empty").mkdir()
+    code, _, err = run(*words, "--reference", "empty", "--out", "runs/d")
+    assert (code, "holds no index (no manifest.json); make one with `mnemoscope index build`" in err) == (2, True)
