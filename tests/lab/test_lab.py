@@ -74,6 +74,8 @@ def test_training_sets_of_the_size_study_are_nested_and_hold_one_picture_of_a_co
     assert not {row.picture for row in order} & {row.picture for row in world.of("heldout")}
     with pytest.raises(UsageError, match="name that one"):
         sizes.sizes("demo", tmp_path, 1)
+    with pytest.raises(UsageError, match="the smallest set holds 48; ask for fewer"):
+        sizes.sizes("demo-unconditional", tmp_path, 49)
 
 
 def test_checkpoints_that_are_measured_double(tmp_path):

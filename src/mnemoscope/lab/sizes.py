@@ -45,6 +45,8 @@ def sizes(model: str, work: Path, n: int) -> Finding:
     """Score against training-set size; trains the models first, where that has not been done."""
     if model != "demo-unconditional":
         raise UsageError("sizes are those of training sets of models like demo-unconditional; name that one.")
+    if n > SIZES[0]:
+        raise UsageError(f"{n} pictures that all models were shown: the smallest set holds {SIZES[0]}; ask for fewer.")
     world = World("unconditional")
     shown, held = rows_of(world)
     some = as_files(world, shown[:n] + held[:n], work / "pictures")
