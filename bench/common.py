@@ -16,6 +16,7 @@ from torch import Tensor
 from mnemoscope import Run, Target, denoise
 from mnemoscope.errors import UsageError
 from mnemoscope.lab.pages import machine, replace_block, table
+from mnemoscope.models.sampling import final
 from mnemoscope.records.schema import Row
 from mnemoscope.similarity.reference import ReferenceSet
 
@@ -28,9 +29,7 @@ DOCS = Path(__file__).parent.parent / "docs"
 def sample(target: Target, noise: Tensor, prompts: list[str] | None = None, steps: int = 50) -> Tensor:
     """Pictures in [0, 1] after whole trajectories; without prompts, of a model without text."""
     cond, null = (None, None) if prompts is None else (target.encode(prompts), target.encode([""]))
-    for step in denoise(target, noise, cond, null, steps=steps):
-        x = step.x_next
-    return target.decode(x)
+    return target.decode(final(denoise(target, noise, cond, null, steps=steps)))
 
 
 def generated(run: Run, batch: int = 256) -> Iterator[tuple[list[Row], Tensor]]:
@@ -49,9 +48,8 @@ def null_copies(target: Target, reference: ReferenceSet, repeated: set[str], ste
     """Samples of the branch without a prompt: copies of ``repeated`` pictures, copies of any reference, samples."""
     null, known, anything = target.encode([""]), 0, 0
     for start in range(0, NULL_SAMPLES, 64):
-        for step in denoise(target, target.noise(range(start, start + 64), base=1), null.expand(64), steps=steps):
-            x = step.x_next
-        for match in reference.nearest(target.decode(x)):
+        noise = target.noise(range(start, start + 64), base=1)
+        for match in reference.nearest(target.decode(final(denoise(target, noise, null.expand(64), steps=steps)))):
             anything += bool(match.copy_found)
             known += bool(match.copy_found) and match.reference in repeated
     return known, anything, NULL_SAMPLES

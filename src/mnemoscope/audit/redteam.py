@@ -13,6 +13,7 @@ from torch import Tensor
 from ..mitigate.base import Generation, Mitigation, build, first_sizes, key_of, sample
 from ..mitigate.redteam import LEARNING_RATE, STEPS, attack
 from ..models.base import Condition, Target
+from ..models.sampling import final
 from ..records.trials import NONE, Attack, Case
 from ..similarity.base import Pictures
 from ..similarity.reference import ReferenceSet
@@ -119,10 +120,7 @@ class RedTeam:
             yield rows, g
 
     def _sampled(self, method: Mitigation | None, g: Generation) -> Pictures:
-        for step in sample(self.target, g if method is None else method.prepare(self.target, g)):  # noqa: B007
-            pass
-        assert step.x_next is not None
-        return self.target.decode(step.x_next)
+        return self.target.decode(final(sample(self.target, g if method is None else method.prepare(self.target, g))))
 
     def _copies(self, shown: Pictures, rows: Sequence[int]) -> list[bool]:
         """Whether each picture is a copy of the very picture that was attacked, trained on or not."""

@@ -27,7 +27,7 @@ from ..demo.world import Row, World
 from ..errors import UsageError
 from ..models.base import Target
 from ..models.load import load
-from ..models.sampling import denoise
+from ..models.sampling import denoise, final
 from ..records.store import write_whole
 from ..similarity.captions import WorldCaptions
 from ..train.config import AUGMENTATIONS, TrainConfig
@@ -175,10 +175,8 @@ def _drawings(target: Target, captions: Sequence[str]) -> Tensor:
     for start in range(0, len(captions), 8):
         some = captions[start : start + 8]
         cond = target.encode([caption for caption in some for _ in range(SEEDS)])
-        for step in denoise(target, target.noise(list(range(SEEDS)) * len(some)), cond, null, steps=SAMPLER):
-            x = step.x_next
-        assert x is not None  # only a watched pipeline does not know it yet
-        made.append(target.decode(x))
+        noise = target.noise(list(range(SEEDS)) * len(some))
+        made.append(target.decode(final(denoise(target, noise, cond, null, steps=SAMPLER))))
     return torch.cat(made)
 
 

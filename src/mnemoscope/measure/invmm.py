@@ -44,7 +44,7 @@ from .. import stats
 from ..errors import CannotAudit, UnknownName, UsageError
 from ..models.base import Condition, SoftText, Target, Trained, mix
 from ..models.noising import noised, split
-from ..models.sampling import denoise
+from ..models.sampling import denoise, final
 from ..similarity.base import Descriptor
 from ..types import Latents, PerSample, precise
 
@@ -493,10 +493,7 @@ class InvMM:
         options: dict[str, Any] = {"guidance": scale} if guided else {}
         schedule: Any = getattr(target, "whole_schedule" if self.preset.whole else "schedule")
         null = target.encode([""]) if guided else None
-        for step in denoise(target, noise, cond, null, plan=schedule(steps), **options):
-            last = step.x_next
-        assert last is not None
-        return target.decode(last)
+        return target.decode(final(denoise(target, noise, cond, null, plan=schedule(steps), **options)))
 
 
 class _Run:

@@ -15,7 +15,6 @@ level is above a rate. Each look has the stated confidence by itself, not all lo
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +27,7 @@ from torch import Tensor
 from .. import stats
 from ..errors import UsageError
 from ..models.base import Target
-from ..models.sampling import null_output
+from ..models.sampling import final, null_output
 from ..records.canaries import Canary, LevelReading, Planted, Reading
 from ..records.schema import FORMAT
 from ..records.store import read_document, write_whole
@@ -222,9 +221,7 @@ class CanaryWatch:
 
 
 def _pictures(target: Target, generation: Generation) -> Tensor:
-    (last,) = deque(sample(target, generation), maxlen=1)
-    assert last.x_next is not None  # only a watched pipeline does not know it yet
-    return target.decode(last.x_next)
+    return target.decode(final(sample(target, generation)))
 
 
 def near(

@@ -41,7 +41,7 @@ from ..errors import CannotAudit, UnknownName, UsageError
 from ..types import Latents, PerSample, Space
 from . import identity
 from .base import Condition, Piece, noise_from_seeds
-from .sampling import denoise
+from .sampling import denoise, final
 
 Value: TypeAlias = int | float | Sequence[int | float] | Tensor
 """A number, or numbers that broadcast to where they belong."""
@@ -463,9 +463,7 @@ class ClosedForm(ABC):
         for start in range(0, n, 256):
             noise = self.noise(range(start, min(start + 256, n)), base)
             rows = None if cond is None else cond.expand(len(noise))
-            for step in denoise(self, noise, rows, null, steps=steps, guidance=guidance):
-                last = step.x_next
-            assert last is not None
+            last = final(denoise(self, noise, rows, null, steps=steps, guidance=guidance))
             off = (last - image.to(last)).flatten(1).square().mean(1).sqrt()
             found += int((off <= radius).sum())
         interval = binomtest(found, n).proportion_ci(confidence, method="exact")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -150,6 +150,14 @@ def _steps(
             x_next = plan.scale(x, plan.timesteps[i + 1]) if i + 1 < len(plan.timesteps) else x
         yield Step(i, float(t), seen, c, u, x_next, target.space)
         seen = x_next
+
+
+def final(run: Iterable[Step]) -> Latents:
+    """The sample x₀ at the end of a run of :func:`denoise`; no step before it is kept."""
+    for step in run:
+        last = step.x_next
+    assert last is not None  # only a watched pipeline does not know it yet
+    return last
 
 
 def same_where(empty: Bool[Tensor, " batch"], uncond: Latents, cond: Latents) -> Latents:
