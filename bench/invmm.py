@@ -20,8 +20,8 @@ from common import DOCS, machine, markdown_table, write_block
 from mnemoscope import World, load
 from mnemoscope.audit.measures import Measured, Picture, measured
 from mnemoscope.lab.sizes import rows_of as size_study_rows
-from mnemoscope.lab.stored import as_files, cases, setting
-from mnemoscope.measure.invmm import InvMM, varied
+from mnemoscope.lab.stored import as_files, cases, method_on, setting
+from mnemoscope.measure.invmm import InvMM
 
 MODEL = "demo-unconditional"
 FEW = Path("build/lab/sizes-48/pipeline")
@@ -106,8 +106,8 @@ def few(name: str, n: int, work: Path) -> tuple[dict[str, list[Picture]], dict[s
     """The same of the model that was shown few pictures."""
     if not FEW.exists():
         raise SystemExit(f"{FEW} is missing; make it with: python -m mnemoscope.lab sizes demo-unconditional")
-    world, target = World("unconditional"), load(str(FEW), dtype="float32")
-    method = InvMM(target, world.reference.descriptor, varied(target, name), beta=world.same_picture)
+    world = World("unconditional")
+    method = method_on(world, load(str(FEW), dtype="float32"), name)
     shown, held = size_study_rows(world)
     kinds = {"memorized": as_files(world, shown[:n], work), "held out": as_files(world, held[:n], work)}
     return {kind: [c.picture for c in some] for kind, some in kinds.items()}, {}, method

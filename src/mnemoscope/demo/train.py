@@ -45,6 +45,18 @@ DROPOUT = 0.1
 """Share of draws whose caption is replaced by the empty prompt, which is what guidance needs."""
 
 
+def places(length: int, step: int, n: int) -> Tensor:
+    """Which places of a training list a step's n samples stand at: epochs one after the other, each in an order of its own."""
+    position = torch.arange(step * n, (step + 1) * n)
+    epochs = position.div(length, rounding_mode="floor")
+    found = torch.empty(n, dtype=torch.long)
+    for epoch in epochs.unique().tolist():
+        order = torch.randperm(length, generator=torch.Generator().manual_seed(SEED + epoch))
+        here = epochs == epoch
+        found[here] = order[position[here] - epoch * length]
+    return found
+
+
 class Draws:
     """The training list of one epoch, and batches of it as pictures.
 
@@ -77,12 +89,7 @@ class Draws:
     def batch(self, step: int, n: int) -> tuple[Tensor, Tensor, torch.Generator]:
         """Rows, pictures ``[n, 3, size, size]`` in [-1, 1] and the step's random source."""
         generator = torch.Generator().manual_seed(SEED * 1_000_003 + step)
-        position = torch.arange(step * n, (step + 1) * n)
-        index = torch.empty(n, dtype=torch.long)
-        for epoch in position.div(len(self.list), rounding_mode="floor").unique().tolist():
-            order = torch.randperm(len(self.list), generator=torch.Generator().manual_seed(SEED + epoch))
-            here = position.div(len(self.list), rounding_mode="floor") == epoch
-            index[here] = self.list[order[position[here] - epoch * len(self.list)]]
+        index = self.list[places(len(self.list), step, n)]
         images = torch.empty(n, 3, self.size, self.size)
         fresh = [k for k, i in enumerate(index.tolist()) if i in self.cut]
         if fresh:
@@ -426,6 +433,15 @@ def unconditional_unet() -> UNet2DModel:
     return made
 
 
+def velocity_loss(unet: UNet2DModel, scheduler: DDIMScheduler, z: Tensor, generator: torch.Generator) -> Tensor:
+    """Mean squared error of v at noises and times of the step's random source, the network in bfloat16."""
+    noise = torch.randn(z.shape, generator=generator)
+    t = timesteps(len(z), generator)
+    with torch.autocast("cpu", torch.bfloat16):
+        v = unet(scheduler.add_noise(z, noise, t), t).sample
+    return F.mse_loss(v.float(), scheduler.get_velocity(z, noise, t))
+
+
 def train_unconditional(world: Path, steps: int = 6000, n: int = 64) -> None:
     """Latent diffusion without text, in the latents of the same autoencoder; bfloat16 as in :func:`train_text_to_image`.
 
@@ -440,17 +456,12 @@ def train_unconditional(world: Path, steps: int = 6000, n: int = 64) -> None:
     print(f"{sum(p.numel() for p in unet.parameters()) / 1e6:.2f} M parameters", flush=True)
     scheduler = DDIMScheduler(**SCHEDULE)
     trainer = Trainer({"unet": unet}, folder, steps=steps, lr=8e-4, fall=lambda done: min(1, 2 * (1 - done)))
-    half = partial(torch.autocast, "cpu", torch.bfloat16)
 
     def loss(step: int) -> Tensor:
         _, images, generator = draws.batch(step, n)
-        with torch.no_grad(), half():
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
             z = vae.encode(images).latent_dist.mean.float() * vae.config.scaling_factor
-        noise = torch.randn(z.shape, generator=generator)
-        t = timesteps(n, generator)
-        with half():
-            v = unet(scheduler.add_noise(z, noise, t), t).sample
-        return F.mse_loss(v.float(), scheduler.get_velocity(z, noise, t))
+        return velocity_loss(unet, scheduler, z, generator)
 
     levels = sorted({r["copies"] for r in draws.rows if r["copies"]}, reverse=True)
     fixed = {

@@ -8,23 +8,20 @@ from __future__ import annotations
 
 import math
 import time
-from functools import partial
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from diffusers import DDIMScheduler, LDMPipeline
 from torch import Tensor
 
-from ..demo.train import SCHEDULE, SEED, Trainer, timesteps, unconditional_unet
+from ..demo.train import SCHEDULE, SEED, Trainer, places, unconditional_unet, velocity_loss
 from ..demo.world import Row, World
 from ..errors import UsageError
-from ..measure.invmm import InvMM, varied
-from ..models.base import Target, noise_from_seeds
+from ..measure.invmm import InvMM
 from ..models.load import load, open_pipeline
 from ..similarity.reference import ReferenceSet
 from .pages import Finding, table
-from .stored import BATCH, as_files, finite, lines_plot, measured_by, or_censored, results
+from .stored import BATCH, as_files, cell, finite, lines_plot, measured_by, method_on, plain_drawings, results
 
 __all__ = ["SIZES", "STEPS", "rows_of", "sizes", "train"]
 
@@ -54,15 +51,14 @@ def sizes(model: str, work: Path, n: int) -> Finding:
     lines: dict[str, list[tuple[int, float]]] = {}
     for size in SIZES:
         folder = train(world, shown[:size], work / f"sizes-{size}")
-        target = load(str(folder), dtype="float32")
-        method = InvMM(target, world.reference.descriptor, varied(target), beta=world.same_picture)
+        method = method_on(world, load(str(folder), dtype="float32"))
         found = results(method, some, work / f"sizes-{size}" / "measured")
         members, others = [m.score for m in found[:n]], [m.score for m in found[n:]]
-        copies = _copies(world, target, method, shown[:size])
+        copies = _copies(world, method, shown[:size])
         lines.setdefault("shown", []).append((size, sum(map(math.isfinite, members)) / n))
         lines.setdefault("held out", []).append((size, sum(map(math.isfinite, others)) / n))
         rows.append([
-            f"{size}", f"{STEPS * DRAWN / size:.0f}", *(_cell(scores) for scores in (members, others)), f"{copies} of {NATURAL}",
+            f"{size}", f"{STEPS * DRAWN / size:.0f}", *(cell(scores) for scores in (members, others)), f"{copies} of {NATURAL}",
         ])  # fmt: skip
         facts[size] = {"shown": [*map(finite, members)], "held out": [*map(finite, others)], "copies": copies}
     text = "\n\n".join([
@@ -101,11 +97,7 @@ def train(world: World, rows: list[Row], folder: Path, steps: int = STEPS) -> Pa
         return done
     torch.manual_seed(SEED)  # initial weights only
     vae = open_pipeline("demo-unconditional", dtype="float32", device="cpu")[0].vqvae.requires_grad_(False)
-    unet, scheduler, half = (
-        unconditional_unet(),
-        DDIMScheduler(**SCHEDULE),
-        partial(torch.autocast, "cpu", torch.bfloat16),
-    )
+    unet, scheduler = unconditional_unet(), DDIMScheduler(**SCHEDULE)
     pictures = world.pictures([row.picture for row in rows]) * 2 - 1
     with torch.no_grad():
         parts = [vae.encode(part).latent_dist.mean for part in pictures.split(BATCH)]
@@ -114,14 +106,7 @@ def train(world: World, rows: list[Row], folder: Path, steps: int = STEPS) -> Pa
 
     def loss(step: int) -> Tensor:
         generator = torch.Generator().manual_seed(SEED * 1_000_003 + step)
-        place = torch.arange(step * DRAWN, (step + 1) * DRAWN)
-        orders = {e: torch.randperm(len(latents), generator=torch.Generator().manual_seed(SEED + e))
-                  for e in (place // len(latents)).unique().tolist()}  # fmt: skip
-        z = latents[torch.stack([orders[int(p) // len(latents)][int(p) % len(latents)] for p in place])]
-        noise, t = torch.randn(z.shape, generator=generator), timesteps(DRAWN, generator)
-        with half():
-            v = unet(scheduler.add_noise(z, noise, t), t).sample
-        return F.mse_loss(v.float(), scheduler.get_velocity(z, noise, t))
+        return velocity_loss(unet, scheduler, latents[places(len(latents), step, DRAWN)], generator)
 
     started = time.time()
     trainer.run(loss, lambda step: None)
@@ -131,17 +116,9 @@ def train(world: World, rows: list[Row], folder: Path, steps: int = STEPS) -> Pa
     return done
 
 
-def _copies(world: World, target: Target, method: InvMM, rows: list[Row]) -> int:
+def _copies(world: World, method: InvMM, rows: list[Row]) -> int:
     """Samples of plain noise that are one of the model's own training pictures."""
     names = [row.picture for row in rows]
     reference = ReferenceSet.of(names, world.pictures(names), method.descriptor)
     reference.threshold = world.reference.threshold
-    found = 0
-    for start in range(0, NATURAL, BATCH):
-        noise = noise_from_seeds(range(start, start + BATCH), 1, target.latent_shape).to(target.device)
-        found += sum(bool(m.copy_found) for m in reference.nearest(torch.stack(list(method.drawn(noise, None, None)))))
-    return found
-
-
-def _cell(scores: list[float]) -> str:
-    return f"{sum(map(math.isfinite, scores))}/{len(scores)}, {or_censored(sorted(scores)[(len(scores) - 1) // 2])}"
+    return sum(bool(m.copy_found) for some in plain_drawings(method, NATURAL) for m in reference.nearest(some))

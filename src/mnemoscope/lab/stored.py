@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -89,11 +89,20 @@ def setting(model: str, *, name: str = "improved") -> tuple[World, Target, InvMM
     if model not in BUNDLED:
         raise UsageError(f"{model} is no model of which is known what it was shown; use one of {', '.join(BUNDLED)}.")
     world, target = World(BUNDLED[model]), load(model)
-    return (
-        world,
-        target,
-        InvMM(target, world.reference.descriptor, varied(target, name), beta=world.same_picture),
-    )
+    return world, target, method_on(world, target, name)
+
+
+def method_on(world: World, target: Target, name: str = "improved") -> InvMM:
+    """InvMM as the studies use it: similarity, and what of it is the same picture, are the bundled world's."""
+    return InvMM(target, world.reference.descriptor, varied(target, name), beta=world.same_picture)
+
+
+def plain_drawings(method: InvMM, n: int) -> Iterator[torch.Tensor]:
+    """What n plain noises lead to in a model without text, some pictures at a time; always the same noises."""
+    target = method.target
+    for start in range(0, n, BATCH):
+        noise = noise_from_seeds(range(start, start + BATCH), 1, target.latent_shape).to(target.device)
+        yield method.drawn(noise, None, None)
 
 
 def results(method: InvMM, some: Sequence[Case], out: Path, companions: Sequence[str] = ()) -> list[Measured]:
@@ -226,12 +235,10 @@ def _plain_hits(
     world: World, method: InvMM, some: Sequence[Case], found: Sequence[Measured], samples: int
 ) -> list[int | None]:
     """How many of the same samples are each of the pictures."""
-    target, hits = method.target, torch.zeros(len(some), dtype=torch.long)
+    hits = torch.zeros(len(some), dtype=torch.long)
     own = method.descriptor(world.pictures([c.row.picture for c in some]))
-    for start in range(0, samples, BATCH):
-        noise = noise_from_seeds(range(start, start + BATCH), 1, target.latent_shape).to(target.device)
-        similar = method.descriptor(method.drawn(noise, None, None)) @ own.T
-        hits += (similar >= method.beta).sum(0).cpu()
+    for drawings in plain_drawings(method, samples):
+        hits += (method.descriptor(drawings) @ own.T >= method.beta).sum(0).cpu()
     return [*hits.tolist()]
 
 
@@ -318,13 +325,12 @@ def training_steps(folder: str, work: Path, n: int) -> Finding:
     facts: dict[str, dict[int, list[float | None]]] = {}
     lines: dict[str, list[tuple[int, float]]] = {}
     for checkpoint in checkpoints:
-        target = load(str(checkpoint), dtype="float32")
-        method = InvMM(target, world.reference.descriptor, varied(target), beta=world.same_picture)
+        method = method_on(world, load(str(checkpoint), dtype="float32"))
         found = results(method, some, work / f"steps-{checkpoint.name}")
         row = []
         for level in [*world.levels[::-1], 0]:
             at = [m.score for m, c in zip(found, some, strict=True) if c.copies == level]
-            row.append(f"{sum(map(math.isfinite, at))}/{len(at)}, {or_censored(sorted(at)[(len(at) - 1) // 2])}")
+            row.append(cell(at))
             facts.setdefault(checkpoint.name, {})[level] = [finite(v) for v in at]
             lines.setdefault(f"{level} copies" if level else "held out", []).append(
                 (int(checkpoint.name), sum(map(math.isfinite, at)) / len(at))
@@ -448,6 +454,11 @@ def _plain(interval: stats.Interval) -> list[float]:
 def finite(value: float) -> float | None:
     """As JSON knows it: no infinity."""
     return value if math.isfinite(value) else None
+
+
+def cell(scores: Sequence[float]) -> str:
+    """How many of some pictures were reproduced, and their median score."""
+    return f"{sum(map(math.isfinite, scores))}/{len(scores)}, {or_censored(sorted(scores)[(len(scores) - 1) // 2])}"
 
 
 def or_censored(score: float) -> str:
