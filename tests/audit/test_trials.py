@@ -28,27 +28,12 @@ from mnemoscope.report.mitigations import (
     worst_table,
 )
 from mnemoscope.similarity.reference import ReferenceSet
+from whole import Whole
 
 SHAPE = (3, 16, 16)
 MEMORIZED = ("the mona lisa", "the starry night", "the scream")
 ORDINARY = tuple(f"a {animal} {place}" for animal in ("cat", "dog", "hen") for place in ("here", "there"))
 FOR_THE_GATE = tuple(f"picture number {i}" for i in range(60))
-
-
-class Whole:
-    """A picture as one long vector: enough where copies are exact."""
-
-    name = "whole"
-
-    def identity(self):
-        return {"name": self.name}
-
-    def prepare(self, picture):
-        raise NotImplementedError
-
-    def __call__(self, images):
-        flat = images.flatten(1) - 0.5
-        return flat / flat.norm(dim=1, keepdim=True).clamp(min=1e-9)
 
 
 class Brightness:

@@ -13,24 +13,9 @@ from mnemoscope.measure.invmm import FAMILIES, InvMM, Preset, Weight, bound, div
 from mnemoscope.models.gaussian import Gaussian
 from mnemoscope.models.mixture import Mixture
 from mnemoscope.models.noising import noised, split
+from whole import Whole
 
 SHAPE = (3, 16, 16)
-
-
-class Whole:
-    """Cosine of whole pictures about mid-gray."""
-
-    name = "whole"
-
-    def identity(self):
-        return {"name": self.name}
-
-    def prepare(self, picture):
-        raise NotImplementedError
-
-    def __call__(self, images):
-        flat = images.flatten(1) - 0.5
-        return flat / flat.norm(dim=1, keepdim=True).clamp(min=1e-9)
 
 
 def memorizer(k: int, copies: int = 1, **options) -> Mixture:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -22,24 +20,17 @@ def single() -> dict:
     return module.train(lambda model: model, lambda loss: loss.backward(), 0, 1)
 
 
-def test_two_processes_train_as_one(tmp_path):
+def test_two_processes_train_as_one(tmp_path, ranks):
     pytest.importorskip("accelerate")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    common = {
-        **os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1",
-        "LOCAL_WORLD_SIZE": "2", "ACCELERATE_USE_CPU": "true",
-    }  # fmt: skip
     outs = [tmp_path / f"{rank}.json" for rank in range(2)]
     running = [
         subprocess.Popen(
             [sys.executable, str(SCRIPT), str(out), str(tmp_path / "state")],
-            env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            env=env,
             stderr=subprocess.PIPE,
             text=True,
         )
-        for rank, out in enumerate(outs)
+        for out, env in zip(outs, ranks, strict=True)
     ]
     try:
         ends = [process.communicate(timeout=240)[1] for process in running]  # a deadlock would wait for ever

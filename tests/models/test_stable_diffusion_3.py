@@ -27,6 +27,7 @@ from mnemoscope.models.noising import noised, split
 from mnemoscope.models.sampling import denoise
 from mnemoscope.models.steer import steer, target_around
 from mnemoscope.models.watch import watch
+from whole import Whole
 
 KINDS = ["sd3", "sd35"]
 PROMPTS = ["a cat", "three white dots on a red field"]
@@ -262,21 +263,6 @@ def test_check_names_its_space(target):
     assert found.space == "velocity"
     assert found.score > 0
     assert check(target, "", seeds=2, steps=4).score == 0
-
-
-class Whole:
-    """Two pictures are as alike as their pixels."""
-
-    name = "whole"
-
-    def identity(self):
-        return {"name": self.name}
-
-    def prepare(self, picture):
-        return picture
-
-    def __call__(self, images):
-        return torch.nn.functional.normalize(images.flatten(1) - 0.5, dim=1)
 
 
 def test_invmm_measures_under_a_caption_and_asks_for_one(target):

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -215,27 +213,20 @@ def test_unknown_names_are_met_with_the_nearest(settings, train):
         train(settings(tracker="tensorbord"))
 
 
-def test_two_processes_train_as_one(settings, train, tmp_path):
+def test_two_processes_train_as_one(settings, train, tmp_path, ranks):
     """With the filter and running scores, whose visits and counts are exchanged."""
     protection = {
         "filter": "auto", "filter_drop": 0.3, "filter_ranges": 1, "heldout": 0.2, "running_scores": "flag", "dedupe": "drop",
         "canaries": {0: 2, 2: 2}, "descriptor": "pixels", "dedupe_threshold": 0.99, "steps": 3,
     }  # fmt: skip
     config = settings(out=str(tmp_path / "two"), **protection)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    common = {
-        **os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
-        "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true",
-    }  # fmt: skip
     code = "import sys; from mnemoscope.train import *; fine_tune(TrainConfig.model_validate_json(sys.argv[1]))"
     running = [
         subprocess.Popen(
             [sys.executable, "-c", code, config.model_dump_json()],
-            env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}, stderr=subprocess.PIPE, text=True,
+            env=env, stderr=subprocess.PIPE, text=True,
         )
-        for rank in range(2)
+        for env in ranks
     ]  # fmt: skip
     try:
         ends = [process.communicate(timeout=400)[1] for process in running]  # a deadlock would wait for ever

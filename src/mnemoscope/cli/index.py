@@ -12,6 +12,7 @@ import typer
 
 from ..errors import UnknownName
 from . import screen
+from .pairs import option as _option
 from .pairs import read_pairs
 
 if TYPE_CHECKING:
@@ -27,10 +28,6 @@ index_app = typer.Typer(
     help="Build, ask and describe a reference set on disk: pictures that a copy could be of.\n\n"
     "Example: mnemoscope index build pictures --out references",
 )
-
-
-def _option(text: str, *names: str) -> Any:
-    return typer.Option(*names, help=text, show_default=False)
 
 
 Source = Annotated[

@@ -22,6 +22,7 @@ from .mitigations import bench_app, redteam
 from .opening import bundled_calibration, reference_set
 from .packet import pack, verify
 from .pairs import LoRA, model_options
+from .pairs import option as _option
 from .regions import regions
 from .replay import replay
 from .serve import serve
@@ -45,11 +46,6 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     epilog="Quick start: mnemoscope demo  ·  mnemoscope check demo 'a red apple'  ·  mnemoscope audit MODEL --prompts prompts.txt",
 )
-
-
-def _option(text: str, *names: str) -> Any:
-    """An option whose default is the configuration's, not the command line's."""
-    return typer.Option(*names, help=text, show_default=False)
 
 
 Model = Annotated[

@@ -1,4 +1,4 @@
-"""``name=value`` options: what a command hands on to whoever knows the names."""
+"""Options that several commands have, and ``name=value`` ones: what a command hands on to whoever knows the names."""
 
 from __future__ import annotations
 
@@ -9,13 +9,15 @@ import typer
 
 from ..errors import UsageError
 
+
+def option(text: str, *names: str) -> Any:
+    """An option whose default is the configuration's, not the command line's."""
+    return typer.Option(*names, help=text, show_default=False)
+
+
 LoRA = Annotated[
     list[str] | None,
-    typer.Option(
-        "--lora",
-        help="LoRA file or hub id to put on the model; repeatable, and file=0.8 scales it.",
-        show_default=False,
-    ),
+    option("LoRA file or hub id to put on the model; repeatable, and file=0.8 scales it.", "--lora"),
 ]
 
 

@@ -12,6 +12,7 @@ import typer
 from ..errors import UsageError
 from . import screen
 from .pairs import model_options
+from .pairs import option as _option
 
 if TYPE_CHECKING:
     from ..train.config import TrainConfig
@@ -20,11 +21,6 @@ if TYPE_CHECKING:
 
 SHOWN = 12
 """Rows of a table on the terminal."""
-
-
-def _option(text: str, *names: str) -> Any:
-    """An option whose default is the configuration's, not the command line's."""
-    return typer.Option(*names, help=text, show_default=False)
 
 
 def train(
