@@ -103,9 +103,11 @@ def test_pictures_of_the_protection_study(tmp_path):
     repeated, others, ordinary = protection.chosen(world)
     assert (len(repeated), len(others), len(ordinary)) == (12, 150, 24)
     assert len({row.picture for row in repeated + others}) == 162
-    assert not {row.concept for row in repeated} & {row.concept for row in others}
-    shown = {row.picture for row in world.trained}
-    assert not {row.picture for row in repeated + others} & shown
+    concepts = [row.concept for row in repeated + others + ordinary]
+    assert len(set(concepts)) == len(concepts)
+    # The model knows them all, each as well as any other.
+    assert {row.group for row in repeated + others + ordinary} == {"ordinary"}
+    assert len({row.draws for row in repeated + others + ordinary}) == 1
     folder = protection.folder_of(world, repeated[:2], others[:3], tmp_path / "pictures")
     assert len(list(folder.glob("*.png"))) == 2 * 24 + 3
     lines = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
@@ -123,13 +125,14 @@ def test_the_protection_study_from_end_to_end(tmp_path, monkeypatch, capsys):
     some = {
         k: v
         for k, v in protection.VARIANTS.items()
-        if k in ("no protection", "filter, τ = 1", "near-duplicates dropped")
+        if k in (protection.UNPROTECTED, "filter, τ = 1", "near-duplicates dropped")
     }
     monkeypatch.setattr(protection, "VARIANTS", some)
     finding = protection.protection("demo", tmp_path, 2)
     assert set(finding.facts) == {*some, "not fine-tuned"}
     assert all(len(made) == 2 for name, made in finding.facts.items() if name != "not fine-tuned")
     assert finding.text.count("\n| ") == 1 + 1 + 3
+    assert finding.plot.count("<circle") == 2 * 4  # the untrained model is in it
     capsys.readouterr()
     again = protection.protection("demo", tmp_path, 2)
     assert again.facts == finding.facts

@@ -72,7 +72,7 @@ def test_other_threads_encode_what_they_are_given(sd):
 
 
 def test_a_prompt_is_learned_where_none_is_given(sd):
-    chosen = replace(varied(sd), updates=20, first=0, every=10, steps=3, preview=2, scales=(1.0, 3.0))
+    chosen = replace(varied(sd), updates=20, every=10, steps=3, preview=2, scales=(1.0, 3.0))
     method = InvMM(sd, Whole(), chosen, beta=2.0)
     images = pictures(sd)
     (learned, _) = method(images, keys=[4, 5])
@@ -157,9 +157,9 @@ def test_tests_of_pictures_are_sampled_together():
         return inner(x, t, cond)
 
     world.output = output
-    found = measure(world, images, small("improved", updates=16, search=0))
-    tests = calls[16:]  # after the updates
-    assert tests[0] == 4  # the first draw of each
+    found = measure(world, images, small("improved", updates=8, search=0))
+    tests = calls[8:]  # after the updates
+    assert tests[0] == 4 * 2  # the first draws of each
     assert sum(calls) == sum(f.forwards for f in found)
 
 
@@ -174,4 +174,6 @@ def test_no_more_rows_than_allowed():
     world.output = output
     method = InvMM(world, Whole(), small("improved"), beta=0.5, rows=8)
     (found,) = method(world.decode(world.points[:1].float()))
-    assert max(calls[found.update :]) == 8
+    learning = [n for n in calls if n == method.preset.batch]
+    assert len(learning) == found.update
+    assert max(n for n in calls if n != method.preset.batch) == 8

@@ -142,6 +142,19 @@ def test_levels_of_the_same_setting_are_drawn(folder, tmp_path):
     assert "1 copy in training: 1 of 1 reached" in page(folder).text
 
 
+def test_levels_of_other_prompts_are_refused(tmp_path):
+    file = tmp_path / "levels.json"
+    file.write_text(json.dumps(made.REQUEST | {"levels": {"48": [0.001]}, "prompts": "caption"}))
+    for name, prompt, caption, drawn in (
+        ("a", "given", "a cat", True), ("b", "given", "", False), ("c", "learned", None, False), ("d", "none", None, False)
+    ):  # fmt: skip
+        result = made.reproduced(0.1) | {"prompt": prompt}
+        folder = made.write(tmp_path / name, {"a1": {"caption": caption, "result": result}})
+        text = page(folder, levels=file).text
+        assert ("48 copies in training" in text) is drawn
+        assert ("their prompts were of another kind (caption there" in text) is not drawn
+
+
 def test_levels_of_another_setting_are_refused_with_the_difference(folder, tmp_path):
     file = tmp_path / "levels.json"
     other = made.REQUEST | {"preset": made.PRESET | {"updates": 2000}, "levels": {"48": [0.001]}}

@@ -14,7 +14,7 @@ import torch
 from ..errors import UsageError
 from ..records.store import write_whole
 
-__all__ = ["Finding", "machine", "replace_block", "table", "write"]
+__all__ = ["Finding", "alone", "machine", "replace_block", "table", "write"]
 
 
 @dataclass(frozen=True)
@@ -79,3 +79,15 @@ def write(folder: Path, finding: Finding) -> None:
     if finding.plot:
         write_whole(folder / f"{finding.name}.svg", finding.plot.encode())
     write_whole(folder / f"{finding.name}.json", (json.dumps(finding.facts, indent=1) + "\n").encode())
+
+
+STYLE = (
+    "<style>text{font:13px sans-serif;fill:#555}line{stroke:#0072b2}.axis,.grid{stroke:#bbb}circle{fill:#0072b2;fill-opacity:.65}"
+    "circle.censored{fill:none;stroke:#d55e00;stroke-width:1.5}polyline{fill:none;stroke:#0072b2;stroke-width:2}</style>"
+)
+
+
+def alone(drawing: str) -> str:
+    """A drawing as a file of its own, with its style inside."""
+    start = drawing.index(">") + 1
+    return drawing[:start] + STYLE + drawing[start:] + "\n"

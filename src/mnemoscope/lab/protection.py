@@ -1,9 +1,12 @@
 """Study: what each protection of a fine-tuning is worth, on planted pictures.
 
-The bundled text model is fine-tuned (LoRA) on pictures that it was never shown: some lie in the folder many times, the others once.
-Afterwards the captions of the repeated ones are drawn: how many of the drawings are the picture, and how well do they still show what the
-caption says? Beside them ordinary captions of the bundled world: does the protection cost them anything? Trainings differ in the
-protection and the seed alone.
+The bundled text model is fine-tuned (LoRA) on ordinary pictures of its own world, which it was shown once in an epoch and draws without
+copying: some lie in the folder many times, the others once. Afterwards the captions of the repeated ones are drawn: how many of the
+drawings are the picture, and how well do they still show what the caption says, as the model could before? Beside them ordinary captions
+that lie in no folder: does the protection cost them anything? Trainings differ in the protection and the seed alone.
+
+A filter leaves samples out, and a training that sees less copies less. So trainings without protection that are shorter stand beside it:
+a protection is worth what it keeps of fidelity beyond them.
 
 Wen et al., ICLR 2024 (the filter); Somepalli et al., NeurIPS 2023 (changes of captions).
 """
@@ -29,20 +32,25 @@ from ..models.base import Target
 from ..models.load import load
 from ..models.sampling import denoise, final
 from ..records.store import write_whole
+from ..report import svg
 from ..similarity.captions import WorldCaptions
 from ..train.config import AUGMENTATIONS, TrainConfig
-from .pages import Finding, machine, table
+from .pages import Finding, alone, machine, table
 
 __all__ = ["VARIANTS", "Outcome", "folder_of", "protection"]
 
 REPEATED, COPIES, OTHERS, ORDINARY = 12, 24, 150, 24
 """Pictures that lie in the folder COPIES times, pictures that lie there once, and captions of neither that are drawn too."""
 
+UNPROTECTED = "no protection"
+"""What the others are compared with."""
+
 STEPS, BATCH, RANK, RATE = 400, 8, 16, 1e-3
 SEEDS, SAMPLER = 4, 50
 
 VARIANTS: dict[str, dict[str, Any]] = {
-    "no protection": {},
+    UNPROTECTED: {},
+    "no protection, a quarter of the steps": {"steps": STEPS // 4},
     **{f"captions: {name}": {"augment": name} for name in AUGMENTATIONS},
     **{f"filter, τ = {tau:g}": {"filter": tau} for tau in (0.5, 1.0, 1.5)},
     "filter, τ(t)": {"filter": "auto"},
@@ -60,7 +68,7 @@ class Outcome:
         fidelity: Mean caption score of them.
         ordinary: The same for ordinary captions.
         kept: Share of samples that were in the loss.
-        seconds: Of the training; None: it was interrupted.
+        seconds: Processor time of the training, of all threads, whatever else the machine does; None: it was interrupted.
     """
 
     copied: list[int]
@@ -89,26 +97,25 @@ def protection(model: str, work: Path, n: int) -> Finding:
                 flush=True,
             )
     base = _drawn_outcome(load("demo"), world, judge, repeated, ordinary, kept=1.0, seconds=None)
-    rows = [_row("not fine-tuned", [base]), *(_row(name, made) for name, made in found.items())]
+    found = {"not fine-tuned": [base], **found}
+    rows = [[str(k), *_row(name, made, found[UNPROTECTED])] for k, (name, made) in enumerate(found.items())]
     text = "\n\n".join([
         f"Measured by `python -m mnemoscope.lab protection demo --pictures {n}` on {machine()}: LoRA of rank {RANK}, {STEPS} steps of "
         f"{BATCH}, {REPEATED} pictures {COPIES} times and {OTHERS} once, {n} training seeds, {SEEDS} drawings of each caption (DDIM "
-        f"{SAMPLER}), copies at a similarity of {world.same_picture:.3f}. Intervals (95 %) are over pictures; fidelity is {judge.name}.",
-        table(["protection", "drawings that are the repeated picture", "mean similarity", "fidelity, repeated captions",
-               "fidelity, ordinary captions", "samples in the loss", "seconds"], rows),
+        f"{SAMPLER}), copies at a similarity of {world.same_picture:.3f}. Intervals (95 %) are over pictures; fidelity is {judge.name}; in "
+        "brackets what was lost of it beside no protection.",
+        table(["", "protection", "drawings that are the repeated picture", "of no protection's", "mean similarity",
+               "fidelity, repeated captions", "fidelity, ordinary captions", "samples in the loss", "processor seconds"], rows),
     ])  # fmt: skip
-    facts = {name: [asdict(outcome) for outcome in made] for name, made in {**found, "not fine-tuned": [base]}.items()}
-    return Finding("protection", "protection.md", text, facts)
+    facts = {name: [asdict(outcome) for outcome in made] for name, made in found.items()}
+    return Finding("protection", "protection.md", text, facts, _drawn(found))
 
 
 def chosen(world: World) -> tuple[list[Row], list[Row], list[Row]]:
-    """Pictures to repeat, pictures to show once, and ordinary captions: of different concepts, the same ones each time."""
-    held = list({row.concept: row for row in reversed(world.of("heldout"))}.values())
-    if len(held) < REPEATED + OTHERS:
-        # Both pictures of a concept, if one of each is not enough.
-        held += [row for row in world.of("heldout") if row not in held]
-    ordinary = world.captions("ordinary")
-    return held[:REPEATED], held[REPEATED : REPEATED + OTHERS], ordinary[:: len(ordinary) // ORDINARY][:ORDINARY]
+    """Pictures to repeat, pictures to show once, and captions of neither: of different concepts, the same ones each time."""
+    rows = list({row.concept: row for row in reversed(world.captions("ordinary"))}.values())
+    some = rows[:: len(rows) // (REPEATED + OTHERS + ORDINARY)]
+    return some[:REPEATED], some[REPEATED:][:OTHERS], some[REPEATED + OTHERS :][:ORDINARY]
 
 
 def folder_of(world: World, repeated: Sequence[Row], others: Sequence[Row], folder: Path) -> Path:
@@ -134,15 +141,15 @@ def _outcome(
     if file.exists():
         return Outcome(**json.loads(file.read_bytes()))
     config = TrainConfig(
-        model="demo", data=str(data), out=str(folder), steps=STEPS, batch_size=BATCH, lora=RANK, lr=RATE, caption_dropout=0.1,
-        seed=seed, **settings,
+        model="demo", data=str(data), out=str(folder), batch_size=BATCH, lora=RANK, lr=RATE, caption_dropout=0.1, seed=seed,
+        **{"steps": STEPS, **settings},
     )  # fmt: skip
     from ..train.run import fine_tune  # needs an extra that the other studies do not
 
     whole = not (folder / "train.json").exists()
-    began = time.perf_counter()
+    began = time.process_time()
     trained = fine_tune(config)
-    seconds = time.perf_counter() - began if whole else None
+    seconds = time.process_time() - began if whole else None
     target = load("demo", lora=trained.result)
     outcome = _drawn_outcome(target, world, judge, repeated, ordinary, kept=trained.kept, seconds=seconds)
     write_whole(file, (json.dumps(asdict(outcome)) + "\n").encode())
@@ -180,14 +187,49 @@ def _drawings(target: Target, captions: Sequence[str]) -> Tensor:
     return torch.cat(made)
 
 
-def _row(name: str, made: Sequence[Outcome]) -> list[str]:
-    """Means over training seeds; the interval is over pictures, whose drawings belong together."""
+def _copied(made: Sequence[Outcome]) -> stats.Interval:
+    """Over training seeds and drawings; the interval is over pictures, whose drawings belong together."""
     copied = np.array([outcome.copied for outcome in made]) / SEEDS
     pictures = np.tile(np.arange(copied.shape[1]), len(copied))
-    rate = stats.clustered(lambda values: float(np.mean(values)), copied.flatten(), pictures, share=True)
-    of = {key: float(np.mean([getattr(outcome, key) for outcome in made])) for key in ("fidelity", "ordinary", "kept")}
+    return stats.clustered(lambda values: float(np.mean(values)), copied.flatten(), pictures, share=True)
+
+
+def _mean(made: Sequence[Outcome], what: str) -> float:
+    return float(np.mean([getattr(outcome, what) for outcome in made]))
+
+
+def _row(name: str, made: Sequence[Outcome], without: Sequence[Outcome]) -> list[str]:
+    rate, all_of_them = _copied(made), _copied(without).value
+    fidelities = []
+    for what in ("fidelity", "ordinary"):
+        before, now = _mean(without, what), _mean(made, what)
+        fidelities.append(
+            f"{now:.3f}" + ("" if made is without or not before else f" ({(before - now) / before:+.0%})")
+        )
     seconds = [outcome.seconds for outcome in made if outcome.seconds]
     return [
-        name, f"{rate.value:.1%} [{rate.low:.1%}, {rate.high:.1%}]", f"{np.mean([outcome.similarity for outcome in made]):.2f}",
-        f"{of['fidelity']:.3f}", f"{of['ordinary']:.3f}", f"{of['kept']:.0%}", f"{np.mean(seconds):.0f}" if seconds else "–",
+        name, f"{rate.value:.1%} [{rate.low:.1%}, {rate.high:.1%}]", f"{rate.value / all_of_them:.0%}" if all_of_them else "–",
+        f"{_mean(made, 'similarity'):.2f}", *fidelities, f"{_mean(made, 'kept'):.0%}", f"{np.mean(seconds):.0f}" if seconds else "–",
     ]  # fmt: skip
+
+
+def _drawn(found: Mapping[str, Sequence[Outcome]]) -> str:
+    """Copies against both fidelities: the further down and to the right, the better. Numbers are those of the table."""
+    rates = {name: _copied(made) for name, made in found.items()}
+    y = svg.fit([rate.high for rate in rates.values()], 300, 30, log=False, zero=True)
+    marks = []
+    for left, what, axis in (
+        (70, "fidelity", "fidelity, repeated captions"),
+        (420, "ordinary", "fidelity, ordinary captions"),
+    ):
+        x = svg.fit([_mean(made, what) for made in found.values()], left, left + 280, log=False)
+        marks += [
+            svg.x_axis(x, 300, axis),
+            svg.y_axis(y, left, "drawings that are the picture" if left == 70 else "", as_percent=True),
+        ]
+        for k, (name, made) in enumerate(found.items()):
+            at, rate = x(_mean(made, what)), rates[name]
+            marks.append(svg.line(at, y(rate.low), at, y(rate.high), "line"))
+            marks.append(svg.tag("circle", svg.tag("title", name), cx=at, cy=y(rate.value), r=4))
+            marks.append(svg.text(at + 6, y(rate.value) - 5, str(k)))
+    return alone(str(svg.drawing(720, 350, "Copies against fidelity", "A point for each protection, twice.", *marks)))

@@ -32,7 +32,7 @@ from ..plugins import BUNDLED
 from ..records.schema import FORMAT
 from ..records.store import write_whole
 from ..report import svg
-from .pages import Finding, machine, table
+from .pages import Finding, alone, machine, table
 
 MEMBERSHIP = ("denoising-loss", "secmi", "flipd", "critical-noise")
 """Cheap measures that are compared with InvMM on the same pictures."""
@@ -160,6 +160,7 @@ def _write_levels(file: Path, method: InvMM, some: Sequence[Case], found: Sequen
     facts = {
         "format": FORMAT, "target": method.target.identity(), "preset": asdict(method.preset), "beta": method.beta,
         "descriptor": method.descriptor.identity(), "levels": levels,
+        "prompts": "caption" if method.target.has_text else "none",
     }  # fmt: skip
     write_whole(file, (json.dumps(identity.plain(facts), indent=1) + "\n").encode())
 
@@ -466,18 +467,6 @@ def or_censored(score: float) -> str:
     return f"{score:.4f}" if math.isfinite(score) else "censored"
 
 
-STYLE = (
-    "<style>text{font:13px sans-serif;fill:#555}.axis,.grid{stroke:#bbb}circle{fill:#0072b2;fill-opacity:.65}"
-    "circle.censored{fill:none;stroke:#d55e00;stroke-width:1.5}polyline{fill:none;stroke:#0072b2;stroke-width:2}</style>"
-)
-
-
-def _alone(drawing: str) -> str:
-    """A drawing as a file of its own, with its style inside."""
-    start = drawing.index(">") + 1
-    return drawing[:start] + STYLE + drawing[start:] + "\n"
-
-
 def _strips(points: Iterable[tuple[int, Measured]], levels: Sequence[int]) -> str:
     """Scores in strips, a row for each level; rings are censored pictures, at what had been paid."""
     points = list(points)
@@ -491,7 +480,7 @@ def _strips(points: Iterable[tuple[int, Measured]], levels: Sequence[int]) -> st
             marks.append(
                 svg.tag("circle", cx=at, cy=y + (k % 5 - 2) * 4, r=4, class_="" if m.result["passed"] else "censored")
             )
-    return _alone(
+    return alone(
         str(
             svg.drawing(720, 90 + 34 * len(levels), "Score against copies", "A strip for each level of copies.", *marks)
         )
@@ -507,4 +496,4 @@ def lines_plot(lines: Mapping[str, list[tuple[int, float]]], axis: str) -> str:
     for (kind, points), end in zip(lines.items(), ends, strict=True):
         marks.append(svg.polyline([(x(s), y(v)) for s, v in points], "line"))
         marks.append(svg.text(608, end + 4, kind))
-    return _alone(str(svg.drawing(720, 310, f"Reproduced against {axis}", "A line for each kind of picture.", *marks)))
+    return alone(str(svg.drawing(720, 310, f"Reproduced against {axis}", "A line for each kind of picture.", *marks)))

@@ -19,9 +19,10 @@ sampler. Forcing a picture on a model that merely generalizes also succeeds at a
 score alone says nothing; compare it with pictures of which the dose is known.
 
 Two presets, whose scores are on different scales, so that a score always names its own. ``official`` is the algorithm of the authors'
-code (its settings differ by model family). ``improved`` draws few times, from strata; looks early and often with a short sampler, one
-draw first, with the same test noises for every picture; walks back from the first success to the smallest departure from plain noise
-that still succeeds with the full sampler, and confirms it on fresh draws; it gives up early where nothing improves.
+code (its settings differ by model family). ``improved`` looks at plain noise before it learns anything; learns from opposite noises at
+stratified times, which cancels most of what a single noise says by chance; looks often with a short sampler, few draws first, with the
+same test noises for every picture; walks back from a success to the smallest departure from plain noise that still succeeds with the
+full sampler, and counts it if five of eight fresh draws agree; it gives up early where nothing improves.
 
 Models with text are given a caption, the empty prompt, or (the authors' way) a prompt of their own: a mixture of tokens in every place,
 learned along with the noise. It costs the score nothing and nobody can type it, so a score names how its picture was prompted.
@@ -69,6 +70,9 @@ FINE = 16
 SHARES = (0.0, *(2 ** (k / FINE - 4) for k in range(4 * FINE + 1)))
 """Of (μ, s), for the walk back: plain noise, then from 1/16 to 1, finely enough that a score is not a rung of this ladder."""
 
+RAISED = 4
+"""Levels that are tried with the full sampler and fresh draws before learning goes on: a quarter of a doubling apart, and the highest."""
+
 
 @dataclass(frozen=True)
 class Preset:
@@ -83,18 +87,20 @@ class Preset:
         every: C, updates between checks of λ, each with a test.
         progress: ξ, by how much the loss must have fallen since the last check.
         increment: δ, what λ grows by otherwise.
-        draws: Test draws, all of which must succeed.
+        draws: Test draws.
+        enough: Share of them that must succeed; also of the draws of the walk back.
         beta: β, similarity from which a draw succeeds; None: the descriptor's caller says.
         steps: Length of the sampler's schedule in tests.
         scales: Guidance scales that are tried, for models with text.
         whole: Begin sampling at the last training time, where the noise was fitted, whatever the model's own sampler leaves out.
         tau: Temperature of the learned prompt.
-        stratified: One time from each of B strata, instead of B independent ones.
-        sequential: Drop a guidance scale at its first failing draw, and use the same noises in every test.
+        paired: Noises in opposite pairs, each pair at a time from a stratum of its own, instead of B independent noises and times.
+        sequential: Drop a guidance scale as soon as too many draws have failed, and use the same noises in every test.
         preview: Length of the short sampler that tests begin with; what fails there is not tested further. 0: none.
-        first: First update after which to look, then after twice as many, and so on up to ``every``; 0: tests at checks only.
-        search: Draws of each step of the walk back; 0: none, and the score is that of the first success.
+        search: Draws of each step of the walk back; 0: none, and the score is that of the first success. With a walk back there is
+            a test of plain noise before the first update.
         confirm: Fresh draws after a success; 0: none.
+        confirmed: Share of them that must succeed for it to count.
         patience: Give up after so many checks without progress at the floor of λ; 0: never.
     """
 
@@ -107,23 +113,23 @@ class Preset:
     progress: float = 1e-3
     increment: float = 1e-3
     draws: int = 8
+    enough: float = 1.0
     beta: float | None = 0.5
     steps: int = 50
     scales: tuple[float, ...] = (1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0)
     whole: bool = True
     tau: float = 2.0
-    stratified: bool = False
+    paired: bool = False
     sequential: bool = False
     preview: int = 0
-    first: int = 0
     search: int = 0
     confirm: int = 0
+    confirmed: float = 0.0
     patience: int = 0
 
-    def looks(self, update: int) -> bool:
-        """Whether there is a test after that many updates."""
-        early = self.first and update % self.first == 0 and (update // self.first).bit_count() == 1
-        return update % self.every == 0 or bool(early and update < self.every)
+    def spare(self, draws: int) -> int:
+        """How many of so many draws may fail."""
+        return draws - math.ceil(self.enough * draws)
 
     def most(self, *, text: bool) -> tuple[int, int]:
         """F and B that one picture can cost; several times what it is likely to.
@@ -134,14 +140,13 @@ class Preset:
         scales = [2 if scale > 1 else 1 for scale in self.scales] if text else [1]
         short = self.preview or self.steps
         test = self.draws * sum(scales) * short
+        last = self.confirm * self.steps
         if self.search:
-            # A draw finds its own level by bisection; those after it are tried at each level that is found.
-            trials = self.search * (self.search - 1) // 2 + self.search * (2 + len(SHARES).bit_length()) + 1
-            rungs = len(SHARES) // (FINE // 4) + 1
-            test += max(scales) * (trials * short + rungs * self.draws * self.steps)
-        looks = sum(self.looks(update) for update in range(1, self.updates + 1))
+            bisection = self.search * len(SHARES).bit_length() * short
+            test += max(scales) * (bisection + RAISED * (self.draws * self.steps + last))
+        looks = self.updates // self.every + bool(self.search)
         learning = self.updates * self.batch
-        return learning + looks * test + max(scales) * self.confirm * self.steps, learning
+        return learning + looks * test + (0 if self.search else max(scales) * last), learning
 
 
 FAMILIES: dict[str, Preset] = {
@@ -168,8 +173,9 @@ def preset(name: str, family: str) -> Preset:
     made = {
         "official": official,
         "improved": replace(
-            official, name="improved", updates=800, batch=8, every=25, increment=1e-3 if family == "text" else 1e-4, steps=16,
-            scales=(1.0, 3.0, 5.0, 7.0), stratified=True, sequential=True, preview=8, first=16, search=16, confirm=32, patience=5,
+            official, name="improved", updates=320, batch=16, every=8, increment=1e-3 if family == "text" else 1e-4, steps=16,
+            scales=(1.0, 3.0, 5.0, 7.0), enough=7 / 8, paired=True, sequential=True, preview=8, search=16, confirm=32, confirmed=5 / 8,
+            patience=5,
         ),
     }  # fmt: skip
     if name not in made:
@@ -243,8 +249,8 @@ class Stored:
         score: Nats per dimension; where the picture was not reached, infinity.
         nats: In all.
         paid: KL per dimension when it ended, also of a censored picture.
-        similarity: The largest smallest similarity of a test: how near it came.
-        loss: Mean loss at the end.
+        similarity: How near it came: what a test's draws, but for those that may fail, all came to, in the best test.
+        loss: Mean loss at the end; None: plain noise did, and nothing was learned.
         prompt: What the picture was prompted with: ``none`` (a model without text), ``given`` or ``learned``.
         scale: Guidance scale that passed; None for models without text, and where none did.
         update: Updates spent.
@@ -265,7 +271,7 @@ class Stored:
     nats: float
     paid: float
     similarity: float
-    loss: float
+    loss: float | None
     prompt: str
     scale: float | None
     update: int
@@ -391,26 +397,37 @@ class InvMM:
         self, runs: list[_Run], progress: Callable[[int, int, Stored], object] | None = None,
         watch: Callable[[Course], object] | None = None,
     ) -> list[Stored]:  # fmt: skip
-        active, told = list(runs), 0
         optimizer = torch.optim.Adam([leaf for run in runs for leaf in run.leaves], lr=self.preset.lr)
+        active, told = list(runs), 0
+
+        def ended() -> list[_Run]:
+            nonlocal told
+            for run in active:
+                if run.result is not None and progress is not None:
+                    told += 1
+                    progress(told, len(runs), run.result)
+            return [run for run in active if run.result is None]
+
+        if self.preset.search:  # before anything is learned: plain noise may do
+            self._serve(active)
+            active = ended()
         while active:
             losses = self._update(active, optimizer)
             for run, loss in zip(active, losses, strict=True):
                 run.weight.add(loss)
-            self._serve([run for run in active if self.preset.looks(run.weight.updates)])
-            for run in active:
-                if run.result is None and run.weight.updates >= self.preset.updates:
-                    run.end(passed=False)
-                if run.result is not None and progress is not None:
-                    told += 1
-                    progress(told, len(runs), run.result)
-            tested = active and self.preset.looks(active[0].weight.updates)
-            active = [run for run in active if run.result is None]
-            if watch is not None and tested and active:
+            updates = active[0].weight.updates
+            if looked := updates % self.preset.every == 0:
+                self._serve(active)
+            if updates >= self.preset.updates:
+                for run in active:
+                    if run.result is None:
+                        run.end(passed=False)
+            active = ended()
+            if watch is not None and looked and active:
                 loss, weight = (
                     sorted(column)[len(active) // 2] for column in zip(*(r.course for r in active), strict=True)
                 )
-                watch(Course(active[0].weight.updates, len(active), loss, weight, max(r.best for r in active)))
+                watch(Course(updates, len(active), loss, weight, max(r.best for r in active)))
         return [run.result for run in runs if run.result is not None]
 
     def _update(self, active: list[_Run], optimizer: torch.optim.Optimizer) -> list[float]:
@@ -521,10 +538,11 @@ class _Run:
 
     def draw(self, n: int) -> tuple[Tensor, Tensor]:
         """Standard normal noises and training times of an update."""
-        eps = torch.randn(n, *self.x0.shape, generator=self._training)
-        u = torch.rand(n, generator=self._training)
-        if self.preset.stratified:
-            u = (torch.arange(n) + u) / n
+        pairs = (n + 1) // 2 if self.preset.paired else n
+        eps = torch.randn(pairs, *self.x0.shape, generator=self._training)
+        u = torch.rand(pairs, generator=self._training)
+        if self.preset.paired:
+            eps, u = torch.cat([eps, -eps])[:n], ((torch.arange(pairs) + u) / pairs).repeat(2)[:n]
         target: Any = self.method.target
         return eps.to(self.x0), target.training_times(u).to(self.x0.device)
 
@@ -546,17 +564,17 @@ class _Run:
         with torch.no_grad():
             # One draw of the prompt for the whole test: what the noise found is worth, it is worth under this prompt.
             cond = self.prompted(1, self._testing)
-        if self.preset.search:
-            found = yield from self._searched(mu, s, cond)
-        else:
-            eps = self._common if self.preset.sequential else self._fresh(self.preset.draws)
-            scale = yield from self._passes(mu, s, eps, cond, self.scales)
-            found = None if scale is None else (mu, s, scale[0])
-        paid = float(divergence(mu[None], s[None])[0])
-        self.curve.append((self.weight.updates, *self.course, paid, self.best))
-        if found is not None:
-            yield from self._succeed(*found, cond)
-        elif self.preset.patience and self.weight.low and self.weight.stalled >= self.preset.patience:
+        eps = self._common if self.preset.sequential else self._fresh(self.preset.draws)
+        short = self.preset.preview or self.preset.steps
+        passed = yield from self._passes(mu, s, eps, cond, self.scales, steps=short)
+        if self.weight.updates:
+            self.curve.append((self.weight.updates, *self.course, float(divergence(mu[None], s[None])[0]), self.best))
+        if passed is not None:
+            shares = (yield from self._shares(mu, s, cond, *passed)) if self.preset.search else [1.0]
+            for share in shares:
+                if (yield from self._holds(share * mu, share * s, cond, *passed)):
+                    return
+        if self.preset.patience and self.weight.low and self.weight.stalled >= self.preset.patience:
             self.end(passed=False)
 
     @property
@@ -570,18 +588,19 @@ class _Run:
     def _passes(
         self, mu: Tensor, s: Tensor, eps: Tensor, cond: Condition | None, scales: Sequence[float | None], *, steps: int | None = None,
     ) -> Generator[_Trial, Tensor, tuple[float | None] | None]:  # fmt: skip
-        """The first guidance scale at which all draws succeed, in a tuple; None: at none."""
-        noise, good = mu + (s / 2).exp() * eps, []
+        """The first guidance scale at which enough draws succeed, in a tuple; None: at none."""
+        noise, good, spare = mu + (s / 2).exp() * eps, [], self.preset.spare(len(eps))
+        # As few draws first as can fail a test: most tests of a picture that is not there yet end with them.
+        first = min(1 + spare, len(noise)) if self.preset.sequential else len(noise)
         for scale in scales:
-            least = math.inf
-            # One draw first: most tests of a picture that is not there yet end with it.
-            for part in noise.split([1, len(noise) - 1]) if self.preset.sequential and len(noise) > 1 else [noise]:
-                similar = yield _Trial(part, cond, scale, steps or self.preset.steps)
-                least = min(least, float(similar.min()))
-                if least < self.method.beta:
+            seen: list[float] = []
+            for part in filter(len, (noise[:first], noise[first:])):
+                seen += (yield _Trial(part, cond, scale, steps or self.preset.steps)).tolist()
+                near = sorted(seen)[spare]
+                if near < self.method.beta:
                     break
-            self.best = max(self.best, least)
-            if least >= self.method.beta:
+            self.best = max(self.best, near)
+            if near >= self.method.beta:
                 good.append(scale)
                 if self.preset.sequential:
                     break  # the authors' code tries every scale
@@ -591,41 +610,43 @@ class _Run:
             self.scales = [good[0], *(other for other in self.scales if other != good[0])]
         return (good[0],)
 
-    def _searched(
-        self, mu: Tensor, s: Tensor, cond: Condition | None
-    ) -> Generator[_Trial, Tensor, tuple[Tensor, Tensor, float | None] | None]:
-        """The smallest share of (μ, s) of which noise still leads to the picture, and the guidance scale; None: not even all of it.
+    def _shares(
+        self, mu: Tensor, s: Tensor, cond: Condition | None, scale: float | None
+    ) -> Generator[_Trial, Tensor, list[float]]:
+        """The smallest share of (μ, s) of which noise still leads to the picture by the short sampler, and some above it."""
+        draws, short = self.preset.search, self.preset.preview or self.preset.steps
+        eps = torch.randn(draws, *self.x0.shape, generator=_common(1)).to(self.x0)
 
-        Found with the short sampler, then raised until the full one agrees.
-        """
-        short = self.preset.preview or self.preset.steps
-        scale = yield from self._passes(mu, s, self._common, cond, self.scales, steps=short)
-        if scale is None:
-            return None
-        eps = torch.randn(self.preset.search, *self.x0.shape, generator=_common(1)).to(self.x0)
-
-        def succeed(draws: list[int], level: int) -> Generator[_Trial, Tensor, list[bool]]:
+        def succeed(some: list[int], level: int) -> Generator[_Trial, Tensor, list[bool]]:
             share = SHARES[level]
-            noise = share * mu + (share * s / 2).exp() * eps[draws]
-            similar = yield _Trial(noise, cond, scale[0], short)
+            noise = share * mu + (share * s / 2).exp() * eps[some]
+            similar = yield _Trial(noise, cond, scale, short)
             return (similar >= self.method.beta).tolist()
 
-        level = yield from _least(succeed, self.preset.search)
-        while level is not None:
-            share = SHARES[level]
-            if (yield from self._passes(share * mu, share * s, self._common, cond, scale)) is not None:
-                return share * mu, share * s, scale[0]
-            level = min(level + FINE // 4, len(SHARES) - 1) if level < len(SHARES) - 1 else None
-        return None
+        spare = self.preset.spare(draws)
+        if not self.weight.updates:  # all shares of nothing are plain noise
+            passed = yield from succeed(list(range(draws)), 0)
+            return [0.0] if passed.count(False) <= spare else []
+        # Plain noise was looked at before; but a prompt that was learned since then may have made it enough.
+        level = yield from _least(succeed, draws, spare, 0 if self.logits is None else -1)
+        top = len(SHARES) - 1
+        return [SHARES[k] for k in sorted({*(min(level + k * FINE // 4, top) for k in range(RAISED - 1)), top})]
 
-    def _succeed(self, mu: Tensor, s: Tensor, scale: float | None, cond: Condition | None) -> _Talk:
-        succeeded = None
-        if self.preset.confirm:
-            noise = mu + (s / 2).exp() * self._fresh(self.preset.confirm)
-            similar = yield _Trial(noise, cond, scale, self.preset.steps)
-            succeeded = int((similar >= self.method.beta).sum()), self.preset.confirm
+    def _holds(
+        self, mu: Tensor, s: Tensor, cond: Condition | None, scale: float | None
+    ) -> Generator[_Trial, Tensor, bool]:
+        """Whether noise from there leads to the picture by the full sampler and on fresh draws; if it does, that is the end."""
+        if self.preset.search and (yield from self._passes(mu, s, self._common, cond, [scale])) is None:
+            return False
+        succeeded, n = None, self.preset.confirm
+        if n:
+            similar = yield _Trial(mu + (s / 2).exp() * self._fresh(n), cond, scale, self.preset.steps)
+            succeeded = int((similar >= self.method.beta).sum()), n
+            if succeeded[0] < self.preset.confirmed * n:
+                return False
         learned = None if self.logits is None or cond is None else cond.tokens
         self.end(passed=True, mu=mu, s=s, scale=scale, succeeded=succeeded, tokens=learned)
+        return True
 
     def end(
         self, *, passed: bool, mu: Tensor | None = None, s: Tensor | None = None, scale: float | None = None,
@@ -643,7 +664,7 @@ class _Run:
         nats = paid * mu.numel()
         self.result = Stored(
             self.preset.name, passed, paid if passed else math.inf, nats if passed else math.inf, paid, self.best,
-            self.weight.mean, self._prompt, scale, self.weight.updates, succeeded, rate,
+            self.weight.mean if self.weight.updates else None, self._prompt, scale, self.weight.updates, succeeded, rate,
             None if rate is None else bound(nats, rate.low), self.forwards, self.backwards, self.curve, mu, s, tokens,
         )  # fmt: skip
 
@@ -655,28 +676,22 @@ class _Run:
 
 
 def _least(
-    succeed: Callable[[list[int], int], Generator[_Trial, Tensor, list[bool]]], n: int
-) -> Generator[_Trial, Tensor, int | None]:
-    """The lowest level of :data:`SHARES` at which all n draws succeed, if more never hurts; None: not all do at the highest.
+    succeed: Callable[[list[int], int], Generator[_Trial, Tensor, list[bool]]], n: int, spare: int, low: int
+) -> Generator[_Trial, Tensor, int]:
+    """The lowest level of :data:`SHARES` above ``low`` at which all of n draws but ``spare`` succeed; the highest is taken to be one.
 
-    One draw finds its own level; all others are tried there, and only those that fail go on: a few dozen draws in all, where
-    bisection with every draw takes n at each of its steps.
+    By bisection with those draws alone of which it is not known yet: what succeeds at a level is taken to succeed above it.
     """
-    top, level, rest = len(SHARES) - 1, 0, [0]
-    others = list(range(1, n))
-    while rest:
-        passed = yield from succeed(rest, level)
-        rest = [draw for draw, good in zip(rest, passed, strict=True) if not good]
-        if rest:
-            low, high = level, top  # fails, and is hoped to succeed
-            while high - low > 1:
-                middle = (low + high) // 2
-                low, high = (low, middle) if all((yield from succeed(rest[:1], middle))) else (middle, high)
-            if high == top and not all((yield from succeed(rest[:1], top))):
-                return None
-            level, rest = high, rest[1:]
-        rest, others = rest + others, []
-    return level
+    high, unknown, failing = len(SHARES) - 1, list(range(n)), 0
+    while high - low > 1:
+        middle = (low + high) // 2
+        passed = yield from succeed(unknown, middle)
+        bad = [draw for draw, good in zip(unknown, passed, strict=True) if not good]
+        if failing + len(bad) > spare:
+            low, unknown = middle, bad
+        else:
+            high, failing, unknown = middle, failing + len(bad), [draw for draw in unknown if draw not in bad]
+    return high
 
 
 def _common(number: int) -> torch.Generator:

@@ -47,8 +47,11 @@ DRAWS = 4
 Status: TypeAlias = Literal["reproduced", "censored", "screened out"]
 """``censored``: not reached within the budget. ``screened out``: not tried, because cheap measures spoke against it."""
 
+Prompts: TypeAlias = Literal["none", "caption", "empty", "learned"]
+"""What a picture was prompted with: nothing (a model without text), its caption, the empty prompt, a prompt that was learned."""
+
 CheckPoint: TypeAlias = tuple[int, float, float, float, float]
-"""Update, mean loss, λ, KL per dimension, largest smallest similarity so far."""
+"""Update, mean loss, λ, KL per dimension, how near a test came so far, at best."""
 
 
 Id: TypeAlias = Annotated[str, Field(pattern=r"^[0-9a-f]{1,64}$")]
@@ -127,6 +130,14 @@ class Entry(_Stored):
         return self.result if self.result is not None and self.status != "screened out" else Result()
 
     @property
+    def prompted(self) -> Prompts | None:
+        """What it was prompted with; None: it was not measured."""
+        found = self.numbers.prompt
+        if found == "given":
+            return "caption" if self.caption else "empty"
+        return "none" if found == "none" else "learned" if found == "learned" else None
+
+    @property
     def key(self) -> tuple[int, float, str]:
         """Sorts the most strongly stored first, then what was not reached, by what had been paid, then what was not tried."""
         value = self.numbers.score if self.status == "reproduced" else self.numbers.paid
@@ -152,6 +163,8 @@ class Request(_Stored):
     levels: dict[int, list[float | None]] | str | None = None
     """Scores by dose (copies in training), measured under this very setting, None where a picture was not reached; or the file,
     relative to the folder, that holds them beside their own setting."""
+    prompts: Prompts | None = None
+    """How the pictures of ``levels`` were prompted; None: not said."""
     guidance: float | None = None
     """Guidance scale of the draws that are shown of pictures that no scale reached."""
     command: str = ""
@@ -247,6 +260,10 @@ class Measures:
         if apart := differences(other.setting(), self.request.setting()):
             return Levels({}, f"Scores of known dose were given, and they do not compare: they were measured under another setting "
                               f"({apart[0]}).")  # fmt: skip
+        here = {e.prompted for e in self.entries} - {None}
+        if other.prompts is not None and here - {other.prompts}:
+            return Levels({}, f"Scores of known dose were given, and they do not compare: their prompts were of another kind "
+                              f"({other.prompts} there, {', '.join(sorted(filter(None, here)))} here).")  # fmt: skip
         if not isinstance(other.levels, dict):
             return Levels({}, f"{path.name} holds no levels, so there is nothing to compare these scores with.")
         return Levels(_descending(other.levels))
