@@ -83,7 +83,12 @@ def write(folder: Path, finding: Finding) -> None:
 
 STYLE = (
     "<style>text{font:13px sans-serif;fill:#555}line{stroke:#0072b2}.axis,.grid{stroke:#bbb}circle{fill:#0072b2;fill-opacity:.65}"
-    "circle.censored{fill:none;stroke:#d55e00;stroke-width:1.5}polyline{fill:none;stroke:#0072b2;stroke-width:2}</style>"
+    "circle.censored{fill:none;stroke:#d55e00;stroke-width:1.5}polyline{fill:none;stroke:#0072b2;stroke-width:2}"
+    + "".join(
+        f"text.c{k},circle.c{k}{{fill:{color}}}polyline.c{k}{{stroke:{color}}}circle.open.c{k}{{fill:none;stroke:{color}}}"
+        for k, color in enumerate(("#d55e00", "#e69f00", "#009e73", "#56b4e9", "#0072b2", "#777"))
+    )
+    + "</style>"
 )
 
 

@@ -6,8 +6,8 @@ the same number of steps. What is measured are pictures of the smallest set, whi
 
 from __future__ import annotations
 
-import math
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -21,7 +21,7 @@ from ..measure.invmm import InvMM
 from ..models.load import load, open_pipeline
 from ..similarity.reference import ReferenceSet
 from .pages import Finding, table
-from .stored import BATCH, as_files, cell, finite, lines_plot, measured_by, method_on, plain_drawings, results
+from .stored import BATCH, as_files, cell, courses, finite, measured_by, method_on, plain_drawings, results
 
 __all__ = ["SIZES", "STEPS", "rows_of", "sizes", "train"]
 
@@ -48,15 +48,15 @@ def sizes(model: str, work: Path, n: int) -> Finding:
     shown, held = rows_of(world)
     some = as_files(world, shown[:n] + held[:n], work / "pictures")
     rows, facts = [], {}
-    lines: dict[str, list[tuple[int, float]]] = {}
+    lines: dict[str, list[tuple[int, Sequence[float]]]] = {}
     for size in SIZES:
         folder = train(world, shown[:size], work / f"sizes-{size}")
         method = method_on(world, load(str(folder), dtype="float32"))
         found = results(method, some, work / f"sizes-{size}" / "measured")
         members, others = [m.score for m in found[:n]], [m.score for m in found[n:]]
         copies = _copies(world, method, shown[:size])
-        lines.setdefault("shown", []).append((size, sum(map(math.isfinite, members)) / n))
-        lines.setdefault("held out", []).append((size, sum(map(math.isfinite, others)) / n))
+        lines.setdefault("shown", []).append((size, members))
+        lines.setdefault("held out", []).append((size, others))
         rows.append([
             f"{size}", f"{STEPS * DRAWN / size:.0f}", *(cell(scores) for scores in (members, others)), f"{copies} of {NATURAL}",
         ])  # fmt: skip
@@ -71,7 +71,7 @@ def sizes(model: str, work: Path, n: int) -> Finding:
         "stored.md",
         text,
         {str(k): v for k, v in facts.items()},
-        lines_plot(lines, "pictures in training"),
+        courses(lines, "pictures in training"),
     )
 
 

@@ -324,7 +324,7 @@ def training_steps(folder: str, work: Path, n: int) -> Finding:
     some = cases(world, work / "pictures", n, captions=False)
     rows: list[list[str]] = []
     facts: dict[str, dict[int, list[float | None]]] = {}
-    lines: dict[str, list[tuple[int, float]]] = {}
+    lines: dict[str, list[tuple[int, Sequence[float]]]] = {}
     for checkpoint in checkpoints:
         method = method_on(world, load(str(checkpoint), dtype="float32"))
         found = results(method, some, work / f"steps-{checkpoint.name}")
@@ -333,16 +333,14 @@ def training_steps(folder: str, work: Path, n: int) -> Finding:
             at = [m.score for m, c in zip(found, some, strict=True) if c.copies == level]
             row.append(cell(at))
             facts.setdefault(checkpoint.name, {})[level] = [finite(v) for v in at]
-            lines.setdefault(f"{level} copies" if level else "held out", []).append(
-                (int(checkpoint.name), sum(map(math.isfinite, at)) / len(at))
-            )
+            lines.setdefault(f"{level} copies" if level else "held out", []).append((int(checkpoint.name), at))
         rows.append([str(int(checkpoint.name)), *row])
     text = "\n\n".join([
         measured_by("steps", folder, method, some, n),
         table(["training steps", *(f"{k} copies" if k else "held out" for k in [*world.levels[::-1], 0])], rows),
         "Each cell: pictures reproduced, and the median score in nats per dimension.",
     ])  # fmt: skip
-    return Finding("training-steps", "stored.md", text, facts, lines_plot(lines, "training steps"))
+    return Finding("training-steps", "stored.md", text, facts, courses(lines, "training steps"))
 
 
 def _doubling(folder: Path) -> list[Path]:
@@ -487,13 +485,31 @@ def _strips(points: Iterable[tuple[int, Measured]], levels: Sequence[int]) -> st
     )
 
 
-def lines_plot(lines: Mapping[str, list[tuple[int, float]]], axis: str) -> str:
-    """Share of pictures reproduced against something, a line for each kind of picture."""
-    steps = [s for points in lines.values() for s, _ in points]
-    x, y = svg.fit(steps, 70, 600, log=False), svg.Scale(0.0, 1.0, 260, 30)
-    marks = [svg.x_axis(x, 260, axis), svg.y_axis(y, 70, "pictures reproduced", as_percent=True)]
-    ends = svg.spread([y(points[-1][1]) for points in lines.values()], 15, 30, 260)
-    for (kind, points), end in zip(lines.items(), ends, strict=True):
-        marks.append(svg.polyline([(x(s), y(v)) for s, v in points], "line"))
-        marks.append(svg.text(608, end + 4, kind))
-    return alone(str(svg.drawing(720, 310, f"Reproduced against {axis}", "A line for each kind of picture.", *marks)))
+def courses(scores: Mapping[str, list[tuple[int, Sequence[float]]]], axis: str) -> str:
+    """Scores against something: every picture, and a line through the medians of each kind; rings at the top are censored pictures."""
+    every = [(at, v) for points in scores.values() for at, values in points for v in values]
+    x = svg.fit([at for at, _ in every], 80, 580, log=False)
+    y = svg.fit([max(v, 1e-3) for _, v in every if math.isfinite(v)], 260, 62, log=True)
+
+    def height(score: float) -> float:
+        return y(max(score, y.low)) if math.isfinite(score) else 42.0
+
+    marks = [
+        svg.x_axis(x, 260, axis),
+        svg.y_axis(y, 80, ""),
+        svg.text(20, 18, "nats per dimension (rings: not reproduced)"),
+    ]
+    medians = {
+        kind: [(x(at), height(sorted(values)[(len(values) - 1) // 2])) for at, values in points]
+        for kind, points in scores.items()
+    }
+    ends = svg.spread([line[-1][1] for line in medians.values()], 15, 30, 260)
+    for k, ((kind, points), end) in enumerate(zip(scores.items(), ends, strict=True)):
+        marks.append(svg.polyline(medians[kind], f"c{k}"))
+        for at, values in points:
+            marks += [
+                svg.tag("circle", cx=x(at) + 3 * (k - len(scores) / 2), cy=height(v), r=3,
+                        class_=f"c{k}" if math.isfinite(v) else f"c{k} open") for v in values
+            ]  # fmt: skip
+        marks.append(svg.text(596, end + 4, kind, f"c{k}"))
+    return alone(str(svg.drawing(720, 310, f"Score against {axis}", "A line for each kind of picture.", *marks)))
