@@ -27,6 +27,8 @@ from mnemoscope.lab.stored import as_files, cases, method_on, setting
 from mnemoscope.measure.invmm import InvMM
 
 MODELS = {"": "demo-unconditional", "text": "demo", "photographs": "demo-unconditional"}
+"""The bundled model of each option; ``--few`` has a model of its own."""
+
 FEW = Path("build/lab/sizes-48/pipeline")
 """The model that was shown 48 pictures and nothing else, of ``python -m mnemoscope.lab sizes demo-unconditional``."""
 
@@ -63,9 +65,8 @@ def main() -> None:
             *(f"{np.isfinite(s).sum()} of {s.size}" for s in scores.values()), *(nats(s) for s in scores.values()),
         ])  # fmt: skip
         facts[kind] = {n: {"cost": cost[n].tolist(), "nats": np.nan_to_num(scores[n], nan=-1).tolist()} for n in cost}
-    which = f"the model that was shown {FEW.parent.name.split('-')[1]} pictures and nothing else"
-    if args.which != "few":
-        which = f"`{MODELS[args.which]}`"
+    few_pictures = f"the model that was shown {FEW.parent.name.split('-')[1]} pictures and nothing else"
+    which = few_pictures if args.which == "few" else f"`{MODELS[args.which]}`"
     option = f"--{args.which} " if args.which else ""
     text = "\n\n".join([
         f"Measured by `python bench/invmm.py {option}--pictures {args.pictures}` on {machine()}: {which}, "
@@ -99,7 +100,7 @@ def chosen(which: str, name: str, n: int, work: Path) -> tuple[dict[str, list[Pi
         return few(name, n, work)
     world, target, method = setting(MODELS[which], name=name)
     if which == "photographs":
-        return {which: photographs(work, n, target.decode(target.noise([0])).shape[-1])}, {}, method
+        return {which: photographs(work, n)}, {}, method
     every = cases(world, work, n, captions=target.has_text)
     memorized = [c.picture for c in every if c.copies == world.levels[-1]]
     if which == "text":  # seven guidance scales: a picture that official does not find soon costs it 270,000 passes
@@ -112,9 +113,9 @@ def chosen(which: str, name: str, n: int, work: Path) -> tuple[dict[str, list[Pi
     return kinds, {c.picture.file.name: c.copies for c in every}, method
 
 
-def photographs(work: Path, n: int, size: int) -> list[Picture]:
-    """A temple and a flower, the sample pictures of scikit-learn, cut square."""
-    from PIL import Image, ImageOps
+def photographs(work: Path, n: int) -> list[Picture]:
+    """A temple and a flower, the sample pictures of scikit-learn."""
+    from PIL import Image
     from sklearn.datasets import load_sample_image
 
     found = []
@@ -122,7 +123,7 @@ def photographs(work: Path, n: int, size: int) -> list[Picture]:
     for name in ("china", "flower")[:n]:
         file = work / f"{name}.png"
         if not file.exists():
-            ImageOps.fit(Image.fromarray(load_sample_image(f"{name}.jpg")), (size, size)).save(file)
+            Image.fromarray(load_sample_image(f"{name}.jpg")).save(file)
         found.append(Picture(file, None))
     return found
 

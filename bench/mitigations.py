@@ -14,6 +14,7 @@ from pathlib import Path
 from common import DOCS, machine, markdown_table, write_block
 from mnemoscope import load
 from mnemoscope.demo.mitigations import LEVELS, compare
+from mnemoscope.lab.pages import alone
 from mnemoscope.records.trials import NONE, Cell, Trial
 from mnemoscope.report.mitigations import (
     Gate,
@@ -37,9 +38,7 @@ STYLE = (
 
 def figure(trial: Trial, gate: Gate | None, file: Path) -> None:
     """The trade-off as a picture that stands alone."""
-    drawn = str(tradeoff(trial, WORST, gate))
-    start = drawn.index(">") + 1
-    file.write_text(drawn[:start] + STYLE + drawn[start:] + "\n", encoding="utf-8")
+    file.write_text(alone(str(tradeoff(trial, WORST, gate)), STYLE), encoding="utf-8")
 
 
 def best(trial: Trial, method: str) -> Cell:

@@ -24,6 +24,7 @@ from mnemoscope import AuditConfig, World, load, run_audit, stats
 from mnemoscope.cli.screen import progress
 from mnemoscope.demo.train import train_text_to_image
 from mnemoscope.demo.world import ASSETS
+from mnemoscope.lab.pages import alone
 from mnemoscope.records.table import prompt_scores
 from mnemoscope.report.plots import Bundle, steps
 from mnemoscope.similarity.reference import ReferenceSet
@@ -107,8 +108,7 @@ def picture(results: dict[str, dict], file: Path) -> None:
     )
     drawn = steps([Bundle(share, [r["per_step"]]) for share, r in results.items()], axis="AUC")
     drawn = str(drawn).replace("Score at each denoising step", "AUC of the magnitude at each denoising step", 1)
-    start = drawn.index(">") + 1
-    file.write_text(drawn[:start] + style + drawn[start:] + "\n", encoding="utf-8")
+    file.write_text(alone(drawn, style), encoding="utf-8")
 
 
 def main() -> None:

@@ -157,7 +157,7 @@ def test_a_memorizer_passes_at_the_first_check_and_the_bound_holds(name):
         assert bound(found.nats, 0.99) <= p
         if found.at_least is not None:
             assert found.at_least <= p
-            assert found.rate.high >= 7 / 8  # the walk back stops where seven of eight draws succeed
+            assert found.rate.high >= 0.9  # the walk back stops near the edge, where 14 of 16 draws succeed
 
 
 def test_the_improved_score_falls_with_the_number_of_copies():

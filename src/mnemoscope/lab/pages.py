@@ -92,7 +92,7 @@ STYLE = (
 )
 
 
-def alone(drawing: str) -> str:
+def alone(drawing: str, style: str = STYLE) -> str:
     """A drawing as a file of its own, with its style inside."""
     start = drawing.index(">") + 1
-    return drawing[:start] + STYLE + drawing[start:] + "\n"
+    return drawing[:start] + style + drawing[start:] + "\n"

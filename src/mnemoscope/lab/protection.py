@@ -98,7 +98,8 @@ def protection(model: str, work: Path, n: int) -> Finding:
             )
     base = _drawn_outcome(load("demo"), world, judge, repeated, ordinary, kept=1.0, seconds=None)
     found = {"not fine-tuned": [base], **found}
-    rows = [[str(k), *_row(name, made, found[UNPROTECTED])] for k, (name, made) in enumerate(found.items())]
+    rates = {name: _copied(made) for name, made in found.items()}
+    rows = [[str(k), *_row(name, found, rates)] for k, name in enumerate(found)]
     text = "\n\n".join([
         f"Measured by `python -m mnemoscope.lab protection demo --pictures {n}` on {machine()}: LoRA of rank {RANK}, {STEPS} steps of "
         f"{BATCH}, {REPEATED} pictures {COPIES} times and {OTHERS} once, {n} training seeds, {SEEDS} drawings of each caption (DDIM "
@@ -108,7 +109,7 @@ def protection(model: str, work: Path, n: int) -> Finding:
                "fidelity, repeated captions", "fidelity, ordinary captions", "samples in the loss", "processor seconds"], rows),
     ])  # fmt: skip
     facts = {name: [asdict(outcome) for outcome in made] for name, made in found.items()}
-    return Finding("protection", "protection.md", text, facts, _drawn(found))
+    return Finding("protection", "protection.md", text, facts, _drawn(found, rates))
 
 
 def chosen(world: World) -> tuple[list[Row], list[Row], list[Row]]:
@@ -198,8 +199,8 @@ def _mean(made: Sequence[Outcome], what: str) -> float:
     return float(np.mean([getattr(outcome, what) for outcome in made]))
 
 
-def _row(name: str, made: Sequence[Outcome], without: Sequence[Outcome]) -> list[str]:
-    rate, all_of_them = _copied(made), _copied(without).value
+def _row(name: str, found: Mapping[str, Sequence[Outcome]], rates: Mapping[str, stats.Interval]) -> list[str]:
+    made, without, rate, unprotected = found[name], found[UNPROTECTED], rates[name], rates[UNPROTECTED].value
     fidelities = []
     for what in ("fidelity", "ordinary"):
         before, now = _mean(without, what), _mean(made, what)
@@ -208,14 +209,13 @@ def _row(name: str, made: Sequence[Outcome], without: Sequence[Outcome]) -> list
         )
     seconds = [outcome.seconds for outcome in made if outcome.seconds]
     return [
-        name, f"{rate.value:.1%} [{rate.low:.1%}, {rate.high:.1%}]", f"{rate.value / all_of_them:.0%}" if all_of_them else "–",
+        name, f"{rate.value:.1%} [{rate.low:.1%}, {rate.high:.1%}]", f"{rate.value / unprotected:.0%}" if unprotected else "–",
         f"{_mean(made, 'similarity'):.2f}", *fidelities, f"{_mean(made, 'kept'):.0%}", f"{np.mean(seconds):.0f}" if seconds else "–",
     ]  # fmt: skip
 
 
-def _drawn(found: Mapping[str, Sequence[Outcome]]) -> str:
+def _drawn(found: Mapping[str, Sequence[Outcome]], rates: Mapping[str, stats.Interval]) -> str:
     """Copies against both fidelities: the further down and to the right, the better. Numbers are those of the table."""
-    rates = {name: _copied(made) for name, made in found.items()}
     y = svg.fit([rate.high for rate in rates.values()], 300, 30, log=False, zero=True)
     marks = []
     for left, what, axis in (

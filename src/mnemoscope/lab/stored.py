@@ -492,7 +492,7 @@ def courses(scores: Mapping[str, list[tuple[int, Sequence[float]]]], axis: str) 
     y = svg.fit([max(v, 1e-3) for _, v in every if math.isfinite(v)], 260, 62, log=True)
 
     def height(score: float) -> float:
-        return y(max(score, y.low)) if math.isfinite(score) else 42.0
+        return y(score) if math.isfinite(score) else 42.0
 
     marks = [
         svg.x_axis(x, 260, axis),

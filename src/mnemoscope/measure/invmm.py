@@ -35,6 +35,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from itertools import count
 from typing import Any
 
 import torch
@@ -398,19 +399,17 @@ class InvMM:
         watch: Callable[[Course], object] | None = None,
     ) -> list[Stored]:  # fmt: skip
         optimizer = torch.optim.Adam([leaf for run in runs for leaf in run.leaves], lr=self.preset.lr)
-        active, told = list(runs), 0
+        active, told = list(runs), count(1)
 
-        def ended() -> list[_Run]:
-            nonlocal told
+        def unended() -> list[_Run]:
             for run in active:
                 if run.result is not None and progress is not None:
-                    told += 1
-                    progress(told, len(runs), run.result)
+                    progress(next(told), len(runs), run.result)
             return [run for run in active if run.result is None]
 
         if self.preset.search:  # before anything is learned: plain noise may do
             self._serve(active)
-            active = ended()
+            active = unended()
         while active:
             losses = self._update(active, optimizer)
             for run, loss in zip(active, losses, strict=True):
@@ -422,7 +421,7 @@ class InvMM:
                 for run in active:
                     if run.result is None:
                         run.end(passed=False)
-            active = ended()
+            active = unended()
             if watch is not None and looked and active:
                 loss, weight = (
                     sorted(column)[len(active) // 2] for column in zip(*(r.course for r in active), strict=True)
