@@ -142,7 +142,8 @@ def untested(measures: Measures, levels: Levels) -> list[str]:
 ALWAYS_OPEN = (
     "A low score of one picture alone is no finding: a model that merely generalizes can be forced to draw any picture that it could "
     "draw. Compare with pictures of known dose, or with pictures that the model certainly never saw.",
-    "Whether plain noise does lead to a picture was not tried; the bound is what follows from the score.",
+    "Whether plain noise does lead to a picture was tried only where the score is 0, whose fresh draws are of plain noise; elsewhere the "
+    "bound is what follows from the score.",
     "Whether a picture was in training is another question: most training pictures of a model that generalizes cost as much as pictures "
     "that it never saw.",
 )
