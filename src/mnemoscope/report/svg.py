@@ -7,6 +7,7 @@ number that is not finite is an error here rather than a ``NaN`` in somebody's b
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -115,7 +116,7 @@ def fit(values: Iterable[Number], start: Number, stop: Number, *, log: bool | No
     low, high = (min(seen), max(seen)) if seen else (0.0, 1.0)
     log = low > 0 and high > 30 * low if log is None else log and low > 0
     if log:
-        pad = max(high / low, 1.5) ** 0.04
+        pad = min(max(high / low, 1.5), sys.float_info.max) ** 0.04  # the ratio may overflow
         return Scale(low / pad, high * pad, start, stop, log=True)
     low = min(low, 0.0) if zero else low
     spread = (high - low) or abs(high) or 1.0
