@@ -19,6 +19,8 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from measured_folder import censored, reproduced
+from measured_folder import write as write_measures
 from synthetic_run import make_run
 
 from mnemoscope import stats
@@ -585,6 +587,95 @@ def test_whatever_a_packet_holds_it_is_judged_and_nothing_breaks(
 
     found = verify(rewrite(packed, tmp_path / "spoiled.zip", spoil, sums=True))
     json.dumps(found.to_dict(), allow_nan=False)
+
+
+# Measured pictures
+
+
+def add_measures(run: Path) -> Path:
+    rate = stats.clopper_pearson(31, 32)
+    stored = reproduced(0.01, rate=[rate.value, rate.low, rate.high])
+    return write_measures(run / "measures", {"aa": {"result": stored}, "bb": {"result": censored(0.2)}})
+
+
+@pytest.fixture
+def measured(copied: Path) -> Path:
+    add_measures(copied)
+    return copied
+
+
+def test_pictures_that_were_measured_are_in_the_packet(measured: Path) -> None:
+    packed = pack([measured]).path
+    found = verify(packed)
+    assert found.faults == []
+    assert any("2 measured pictures" in checked for checked in found.checked)
+    assert member(packed, "packet.json")["measured"] | {"model": ""} == {
+        "model": "", "preset": {"name": "improved", "updates": 300, "steps": 16, "scales": [1.0, 3.0], "draws": 8},
+        "descriptor": {"descriptor": "fingerprint"}, "beta": 0.85, "reproduced": 1, "censored": 1, "screened out": 0, "waiting": 0,
+        "scores": {"aa": 0.01, "bb": None},
+    }  # fmt: skip
+    with zipfile.ZipFile(packed) as archive:
+        names = set(archive.namelist())
+        assert b"0.0100" in archive.read("report.html")
+        assert b"bb.png" in archive.read("measures/report.html")
+        assert archive.read("measures/pictures/aa.json") == (measured / "measures/pictures/aa.json").read_bytes()
+    assert {"measures/measure.json", "measures/pictures/bb-target.webp", "measures/pictures/aa-draw-3.webp"} <= names
+
+
+def test_without_images_sums_of_measured_pictures_are_kept(measured: Path) -> None:
+    packed = pack([measured], images=False).path
+    assert verify(packed).faults == []
+    left_out = member(packed, "packet.json")["pictures"]["left_out"]
+    target = measured / "measures/pictures/aa-target.webp"
+    assert left_out["measures/pictures/aa-target.webp"] == sha256_of([target.read_bytes()])
+    with zipfile.ZipFile(packed) as archive:
+        assert not [name for name in archive.namelist() if name.startswith("measures/") and name.endswith(".webp")]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda result: result.update(succeeded=[16, 32]),
+        lambda result: result.update(rate=[0.5, 0.4, 0.6]),
+        lambda result: result.update(rate=None),
+        lambda result: result.update(passed=False),
+        lambda result: result.update(succeeded=[33, 32]),
+    ],
+)
+def test_results_that_were_changed_are_found(
+    measured: Path, tmp_path: Path, change: Callable[[dict[str, Any]], None]
+) -> None:
+    forged = of_json("measures/pictures/aa.json", lambda entry: change(entry["result"]))
+    found = verify(rewrite(pack([measured]).path, tmp_path / "forged.zip", forged, sums=True))
+    assert any("does not follow from their own draws (aa)" in fault for fault in found.faults)
+
+
+def test_a_score_that_was_changed_is_found(measured: Path, tmp_path: Path) -> None:
+    forged = of_json("measures/pictures/aa.json", lambda entry: entry["result"].update(score=0.5))
+    found = verify(rewrite(pack([measured]).path, tmp_path / "forged.zip", forged, sums=True))
+    assert any("measured.scores.aa" in fault for fault in found.faults)
+
+
+def test_levels_outside_of_the_folder_cannot_be_packed(measured: Path, tmp_path: Path) -> None:
+    file = measured / "measures/measure.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"levels": "../levels.json"}))
+    with pytest.raises(RunError, match="outside of its folder"):
+        pack([measured], tmp_path / "p.zip")
+
+
+def test_two_folders_of_measured_pictures_are_not_mixed(measured: Path, tmp_path: Path) -> None:
+    other = Path(shutil.copytree(measured, tmp_path / "other"))
+    with pytest.raises(UsageError, match="both hold measured pictures"):
+        pack([measured, other], tmp_path / "p.zip")
+
+
+def test_a_merged_run_keeps_what_was_measured(run: Path, measured: Path, tmp_path: Path) -> None:
+    merged = Run.merge(tmp_path / "merged", [Run(run), Run(measured)])
+    assert (merged.folder / "measures/pictures/aa-target.webp").is_file()
+    assert not any("Measured" in note for note in merged.manifest.notes)
+    both = Run.merge(tmp_path / "both", [Run(measured), Run(merged.folder)])
+    assert not (both.folder / "measures").exists()
+    assert any("Measured pictures were left where they are" in note for note in both.manifest.notes)
 
 
 # Names and sums

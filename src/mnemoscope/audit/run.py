@@ -21,7 +21,7 @@ from ..detect.magnitude import Magnitude
 from ..errors import RunError, UsageError
 from ..models.base import Target
 from ..records.schema import Row
-from ..records.store import Run, Writer, write_whole
+from ..records.store import MEASURES, Run, Writer, write_whole
 from ..records.table import prompt_scores
 from .batch import Examiner, Reference, Sample, batch_size
 from .comparisons import measure
@@ -32,7 +32,7 @@ from .plan import measure_speed as measure_speed
 from .plan import plan as plan
 from .request import Request, calibration_setting, now
 from .request import load as load
-from .stored import MEASURES, Job, in_words
+from .stored import Job, in_words
 
 __all__ = ["Progress", "audit", "calibrate", "calibrate_on_log", "load", "measure_speed", "plan"]
 

@@ -10,15 +10,13 @@ from ..errors import UsageError
 from ..measure.invmm import InvMM, varied
 from ..models.base import Target
 from ..records.measures import DRAWS
+from ..records.store import MEASURES
 from ..similarity.base import build
 from .config import AuditConfig
 from .measures import Measured, measured
 from .pictures import Picture, pictures_in
 
-__all__ = ["MEASURES", "Job", "asked", "in_words"]
-
-MEASURES = "measures"
-"""Their folder inside the run folder."""
+__all__ = ["Job", "asked", "in_words"]
 
 
 def asked(config: AuditConfig) -> list[Picture] | None:

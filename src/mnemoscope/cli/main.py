@@ -17,7 +17,7 @@ from .duplicates import duplicates
 from .explain import explain
 from .gate import gate
 from .index import index_app
-from .measure import measure
+from .measure import keep_known_levels, measure
 from .mitigations import bench_app, redteam
 from .opening import bundled_calibration, reference_set
 from .packet import pack, verify
@@ -272,7 +272,7 @@ def audit(
     """
     settings = _known_beta(_settings(config, {k: v for k, v in locals().items() if k in AUDIT_OPTIONS}))
     from ..audit.run import audit as run_audit
-    from ..audit.stored import MEASURES
+    from ..records.store import MEASURES
     from ..report.html import write_report
     from ..report.summary import read_summary
 
@@ -287,8 +287,11 @@ def audit(
             settings, target=target, reference=_reference(settings), progress=progress, command=screen.command()
         )
     summary = read_summary(run.folder)
+    measured = settings.measure is not None and run.manifest.status == "done"
+    if measured:
+        keep_known_levels(settings.model, run.folder / MEASURES)
     where = f"Run: {run.folder}   Report: {write_report(run.folder)}"
-    if settings.measure is not None and run.manifest.status == "done":
+    if measured:
         where += f"   Pictures: {_report_measures(run.folder / MEASURES)}"
     _show_run(summary, where, as_json=as_json)
     if run.manifest.status != "done":

@@ -142,7 +142,6 @@ def measure(
     from ..measure.base import build as measure_of
     from ..measure.invmm import InvMM, varied
     from ..models.load import load
-    from ..records.measures import keep_levels
     from ..report.measured_page import write_report
     from ..similarity.base import build
 
@@ -177,11 +176,18 @@ def measure(
             method, pictures, out, batch_size=batch_size, progress=_told, command=screen.command(), companions=cheap,
             screen=chosen_by, compare=_compared, watch=_watched,
         )  # fmt: skip
-    if model in BUNDLED and (known := levels_of(model)).exists():
-        keep_levels(out, known)
+    keep_known_levels(model, out)
     page = write_report(out)
     _show(found, cheap, chosen_by, chosen.name, as_json=as_json)
     screen.say(f"Report: {page}")
+
+
+def keep_known_levels(model: str | None, folder: Path) -> None:
+    """Put scores of the bundled model's own pictures beside those of the folder, where they were measured under the same setting."""
+    from ..records.measures import keep_levels
+
+    if model in BUNDLED and (known := levels_of(model)).exists():
+        keep_levels(folder, known)
 
 
 def levels_of(model: str) -> Path:

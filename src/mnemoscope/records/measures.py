@@ -14,12 +14,14 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from ..errors import RunError
 from .schema import FORMAT
 from .store import differences, read_document, write_whole
 
@@ -34,6 +36,7 @@ __all__ = [
     "draw_file",
     "is_measures",
     "keep_levels",
+    "kept_files",
     "read_request",
     "target_file",
 ]
@@ -229,12 +232,20 @@ class Measures:
         folder = Path(folder)
         request = read_request(folder)
         if request.asked is None:
-            every = (_entry(file) for file in sorted((folder / "pictures").glob("*.json")))
-            found = [e for e in every if e.result is None or e.result.preset == request.preset.get("name")]
-            return cls(folder, request, sorted(found, key=lambda e: e.key), 0)
+            return cls.of(folder, request, (_entry(file) for file in sorted((folder / "pictures").glob("*.json"))))
         files = [folder / "pictures" / f"{name}.json" for name in request.asked]
-        found = [_entry(file) for file in files if file.is_file()]
-        return cls(folder, request, sorted(found, key=lambda e: e.key), len(files) - len(found))
+        return cls.of(folder, request, (_entry(file) for file in files if file.is_file()))
+
+    @classmethod
+    def of(cls, folder: Path, request: Request, entries: Iterable[Entry]) -> Measures:
+        """From what was read: of the entries those that the request is about."""
+        if request.asked is None:
+            found = [e for e in entries if e.result is None or e.result.preset == request.preset.get("name")]
+        else:
+            names = set(request.asked)
+            found = [e for e in entries if e.id in names]
+        waiting = 0 if request.asked is None else len(request.asked) - len(found)
+        return cls(folder, request, sorted(found, key=lambda e: e.key), waiting)
 
     def count(self, status: Status) -> int:
         """How many pictures became that."""
@@ -280,6 +291,26 @@ def keep_levels(folder: str | Path, file: str | Path) -> None:
         path = Path(folder) / NAME
         facts = json.loads(path.read_text(encoding="utf-8")) | {"levels": found.scores}
         write_whole(path, (json.dumps(facts, indent=1) + "\n").encode())
+
+
+def kept_files(folder: str | Path) -> tuple[list[str], list[str]]:
+    """Names of the files that the numbers of a folder rest on, and names of its pictures, relative to it; errors as :meth:`Measures.read`.
+
+    Raises:
+        RunError: the levels are in a file that is not in the folder.
+    """
+    folder, found = Path(folder), Measures.read(folder)
+    records = [NAME]
+    if isinstance(named := found.request.levels, str):
+        if not (folder / named).resolve().is_relative_to(folder.resolve()) or not (folder / named).is_file():
+            raise RunError(
+                f"{folder / NAME} names scores of known dose outside of its folder ({named}); keep the file in {folder}."
+            )
+        records.append(named)
+    for e in found.entries:
+        records += [f"pictures/{e.id}{ending}" for ending in (".json", ".safetensors")]
+    pictures = [f for e in found.entries for f in (target_file(e.id), *(draw_file(e.id, k) for k in range(DRAWS)))]
+    return ([f for f in records if (folder / f).is_file()], [f for f in pictures if (folder / f).is_file()])
 
 
 def read_request(folder: str | Path) -> Request:

@@ -102,6 +102,9 @@ TOGETHER = 1024
 JUDGED_BY = ("thresholds*.json", "controls.json")
 """Files of a run that its rows are judged by."""
 
+MEASURES = "measures"
+"""Folder inside a run folder: pictures that were measured with its model, see :mod:`.measures`."""
+
 
 @dataclass(frozen=True)
 class Tally:
@@ -306,10 +309,11 @@ class Run:
         Args:
             folder: A new folder.
             runs: The runs; where two hold the same sample, the first that is ok counts.
-            images: Whether their pictures are copied too.
+            images: Whether their pictures are copied too, and those that were measured with one of them.
 
         Returns:
-            The new run. It keeps the files that all parts are judged by, and what is left open is counted anew.
+            The new run. It keeps the files that all parts are judged by, and what is left open is counted anew. Where several parts have
+            measured pictures, these are left where they are, and a note says so.
 
         Raises:
             RunError: the runs have different settings or thresholds (named), or the folder is not new.
@@ -336,8 +340,14 @@ class Run:
             if images and (run.folder / "images").is_dir():
                 with explained(merged.folder):
                     shutil.copytree(run.folder / "images", merged.folder / "images", dirs_exist_ok=True)
-        tally = merged.tally()
-        merged.update(status="done" if tally.complete else "incomplete", notes=[*merged.manifest.notes, *tally.notes])
+        tally, notes = merged.tally(), list(merged.manifest.notes)
+        measured = [run.folder / MEASURES for run in runs if (run.folder / MEASURES).is_dir()]
+        if images and len(measured) == 1:
+            with explained(merged.folder):
+                shutil.copytree(measured[0], merged.folder / MEASURES)
+        elif measured:
+            notes.append(f"Measured pictures were left where they are: {', '.join(map(str, measured))}.")
+        merged.update(status="done" if tally.complete else "incomplete", notes=[*notes, *tally.notes])
         return merged
 
     # Exports --------------------------------------------------------------------------------------------------------------

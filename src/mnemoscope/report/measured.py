@@ -14,6 +14,7 @@ from typing import Any
 from markupsafe import Markup
 
 from ..records.measures import DRAWS, Entry, Levels, Measures, draw_file, target_file
+from ..records.store import MEASURES
 from .findings import Finding, Share
 from .pictures import Picture, Pictures
 from .plots import WIDTH
@@ -357,7 +358,7 @@ def beside_run(run: Path) -> Measures | None:
     Raises:
         RunError: the measures are damaged.
     """
-    folder = run / "measures"
+    folder = run / MEASURES
     return Measures.read(folder) if folder.is_dir() else None
 
 
@@ -377,7 +378,7 @@ def beside(run: Path, findings: Sequence[Finding], axis: str, *, pictures: bool 
     if found is None:
         return None
     audited = {f.prompt: f for f in reversed(findings)}
-    kept = Pictures(run / "measures")
+    kept = Pictures(run / MEASURES)
     pairs = [
         Pair(e, audited.get(e.caption) if e.caption else None, Path(e.image).name, score_words(e), status_words(e),
              kept.kept(target_file(e.id), SMALL) if pictures else Picture(None))

@@ -5,6 +5,7 @@
     thresholds.json   scores of ordinary prompts, if any       splits.json   the frozen prompts with group, label and cluster
     controls.json     the text-only baseline, if any           roc.json      ROC arrays, AUC and TPR with intervals
     images/…          the pictures that rows name              report.html   for people; README.txt says how to check by hand
+    measures/…        results of pictures that were measured with the run, noises found included, if there are any
 
 What stands on the left is evidence, copied byte for byte; what stands on the right follows from it (:func:`derive`), and
 :mod:`.verify` lets it follow once more. Sums of all files are in ``SHA256SUMS``. There is no date in it and no pickle: packing the
@@ -28,12 +29,14 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from ..errors import RunError, UsageError
+from ..records.measures import NAME, Entry, Measures, Request, kept_files
 from ..records.schema import Manifest, Nearest, Row, Thresholds
-from ..records.store import JUDGED_BY, Run, explained, whole
+from ..records.store import JUDGED_BY, MEASURES, Run, explained, whole
 from .archive import SUMS, Archive, add, pieces_of, plain, sha256_file, sha256_of, write_sums
 from .audited import joined
 from .discrimination import Baseline
 from .html import SHOWN, write_report
+from .measured_page import write_report as write_measured_report
 from .summary import Summary, finite, summarize
 
 __all__ = [
@@ -68,6 +71,7 @@ thresholds.json scores of ordinary prompts, from which the threshold follows (if
 controls.json   what the wording of the prompts alone can tell (if labels were known)
 report.html     the same for people; open it in any browser
 images/         pictures that rows name (if they were packed)
+measures/       how strongly pictures are stored, with the noise that was found for each, and a report (if any were measured)
 SHA256SUMS      SHA-256 of every other file
 
 To check it without mnemoscope, unpack it into an empty folder, and there:
@@ -126,6 +130,16 @@ class Records:
             return Baseline.parse(self.archive.read("controls.json"))
         except ValueError as e:
             raise RunError(f"controls.json is damaged ({e}); get the packet again from whoever made it.") from e
+
+    @cached_property
+    def measures(self) -> Measures | None:
+        """Pictures that were measured with the run; None: none were."""
+        name = f"{MEASURES}/{NAME}"
+        if name not in self.archive.names:
+            return None
+        results = [n for n in self.archive.names if n.startswith(f"{MEASURES}/pictures/") and n.endswith(".json")]
+        entries = [self._parsed(Entry, self.archive.read(n), n) for n in sorted(results)]
+        return Measures.of(Path(MEASURES), self._parsed(Request, self.archive.read(name), name), entries)
 
     def picture(self, name: str) -> bytes | None:
         """A picture that rows name; None: it was not packed."""
@@ -205,7 +219,7 @@ def derive(records: Records, summary: Summary, facts: Facts) -> dict[str, dict[s
     """
     splits, counts = _splits(records)
     return {
-        PACKET: finite(_statement(summary, counts, facts)),
+        PACKET: finite(_statement(summary, counts, facts, records.measures)),
         SPLITS: splits,
         ROC: finite(_roc(records, summary)),
     }
@@ -216,11 +230,12 @@ def encoded(value: Mapping[str, Any]) -> bytes:
     return (json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
-def _statement(summary: Summary, counts: dict[str, Any], facts: Facts) -> dict[str, Any]:
+def _statement(summary: Summary, counts: dict[str, Any], facts: Facts, measures: Measures | None) -> dict[str, Any]:
     run, said = summary.manifest, summary.to_dict()
     seen = counts.pop("seeds")
     return {
         "format": FORMAT,
+        **({} if measures is None else {"measured": _measured(measures)}),
         "made_with": facts.made_with,
         "run": facts.run,
         "kind": run.kind,
@@ -252,6 +267,17 @@ def _statement(summary: Summary, counts: dict[str, Any], facts: Facts) -> dict[s
         "reference": run.config.get("reference"),
         "pictures": facts.pictures,
         "parts": facts.parts,
+    }
+
+
+def _measured(measures: Measures) -> dict[str, Any]:
+    """What became of the measured pictures, the most strongly stored first."""
+    counts = {status: measures.count(status) for status in ("reproduced", "censored", "screened out")}
+    return {
+        **measures.request.setting(),
+        **counts,
+        "waiting": measures.waiting,
+        "scores": {e.id: e.numbers.score for e in measures.entries},
     }
 
 
@@ -364,8 +390,11 @@ def _write(half: Path, path: Path, folder: Path, given: Sequence[Path], images: 
         add(archive, "samples.jsonl", run.lines(), size=sum(f.stat().st_size for f in run.files()))
         for file in sorted(f for pattern in JUDGED_BY for f in folder.glob(pattern) if plain(f.name)):
             add(archive, file.name, pieces_of(file))
+        measured, of_them = _kept_measures(given)
+        for name, file in measured.items():
+            add(archive, name, pieces_of(file), size=file.stat().st_size)
     with Archive(half) as archive:
-        pictures = _pictures(named_by(Records(archive)), given)
+        pictures = _pictures(named_by(Records(archive)), given) | of_them
     if images:
         with zipfile.ZipFile(half, "a") as archive:
             for name, picture in pictures.items():
@@ -375,12 +404,13 @@ def _write(half: Path, path: Path, folder: Path, given: Sequence[Path], images: 
     with Archive(half) as archive:
         summary = summary_of(Records(archive), facts.run)
         derived = derive(Records(archive), summary, facts)
-        report = _report(archive, summary)
+        reports = _reports(archive, summary)
     with zipfile.ZipFile(half, "a") as archive:
         for name, value in derived.items():
             add(archive, name, [encoded(value)])
         add(archive, README, [READ_ME.encode()])
-        add(archive, REPORT, [report])
+        for name, page in reports.items():
+            add(archive, name, [page])
     with Archive(half) as archive:
         sums = write_sums({name: archive.sha256(name) for name in archive.names})
     with zipfile.ZipFile(half, "a") as archive:
@@ -457,18 +487,43 @@ def _described(pictures: Mapping[str, Path | None], images: bool) -> dict[str, A
     }
 
 
+def _kept_measures(given: Sequence[Path]) -> tuple[dict[str, Path], dict[str, Path | None]]:
+    """Records of the measured pictures of a run, and their pictures, by their names in the packet.
+
+    Raises:
+        UsageError: several of the folders hold measured pictures.
+    """
+    found = [folder / MEASURES for folder in given if (folder / MEASURES / NAME).is_file()]
+    if len(found) > 1:
+        raise UsageError(
+            f"{found[0]} and {found[1]} both hold measured pictures, and a packet has one such folder; measure all of them with --out "
+            f"{found[0]}, and put the other away."
+        )
+    if not found:
+        return {}, {}
+    records, pictures = kept_files(found[0])
+    return (
+        {f"{MEASURES}/{name}": found[0] / name for name in records},
+        {f"{MEASURES}/{name}": found[0] / name for name in pictures},
+    )
+
+
 # The report
 
 
-def _report(archive: Archive, summary: Summary) -> bytes:
-    """``report.html`` of exactly the records in the archive, with the pictures that are there."""
+def _reports(archive: Archive, summary: Summary) -> dict[str, bytes]:
+    """``report.html``, and that of measured pictures, of exactly the records in the archive, with the pictures that are there."""
     shots = [shot for finding in summary.findings[:SHOWN] for shot in finding.shots]
     named = [name for shot in shots for name in _files(shot.image, shot.nearest)]
     with TemporaryDirectory() as parent:
         folder = Path(parent) / summary.name
-        for name in dict.fromkeys([*EVIDENCE, *Records(archive).judged_by, "controls.json", *named]):
+        measured = [name for name in archive.names if name.startswith(f"{MEASURES}/")]
+        for name in dict.fromkeys([*EVIDENCE, *Records(archive).judged_by, "controls.json", *named, *measured]):
             if name in archive.names:
                 (folder / name).parent.mkdir(parents=True, exist_ok=True)
                 with (folder / name).open("wb") as out:
                     out.writelines(archive.pieces(name))
-        return write_report(folder).read_bytes()
+        made = {REPORT: write_report(folder).read_bytes()}
+        if measured:
+            made[f"{MEASURES}/{REPORT}"] = write_measured_report(folder / MEASURES).read_bytes()
+        return made

@@ -104,7 +104,7 @@ def verify(path: str | Path, *, expected: str | None = None) -> Verified:
             raise RunError(f"{path} is no packet: it holds no {SUMS}; name a file that `mnemoscope pack RUN` wrote.")
         found = Verified(Path(path))
         check_sums(archive, found, expected)
-        for check in (_check_rows, _check_thresholds, _check_derived):
+        for check in (_check_rows, _check_thresholds, _check_measures, _check_derived):
             try:
                 check(Records(archive), found)
             except MnemoscopeError as e:
@@ -198,6 +198,32 @@ def _check_thresholds(records: Records, found: Verified) -> None:
             name, stated, {"threshold": follows.value, "interval": [low, high]}, lambda p: True
         )
         found.checked.append(f"{name}: the threshold follows from {len(stored.scores)} scores of ordinary prompts")
+
+
+def _check_measures(records: Records, found: Verified) -> None:
+    """A picture counts as reproduced where it has a score, and rates and intervals follow from counts."""
+    if records.measures is None:
+        return
+    wrong = []
+    for e in records.measures.entries:
+        r = e.numbers
+        scored = r.score is not None and r.nats is not None
+        counted = r.succeeded is None or 0 <= r.succeeded[0] <= r.succeeded[1] > 0
+        rated = (r.succeeded is None) == (r.rate is None)
+        if counted and rated and r.succeeded is not None and r.rate is not None:
+            follows = stats.clopper_pearson(*r.succeeded)
+            rated = all(
+                math.isclose(a, b, abs_tol=RTOL)
+                for a, b in zip(r.rate, (follows.value, follows.low, follows.high), strict=True)
+            )
+        if (e.status == "reproduced") is not scored or not counted or not rated:
+            wrong.append(e.id)
+    if wrong:
+        found.faults.append(
+            f"measures: {len(wrong)} of {len(records.measures.entries)} pictures have a score or a rate that does not follow from their "
+            f"own draws ({short(', '.join(wrong))})"
+        )
+    found.checked.append(f"{len(records.measures.entries)} measured pictures: rates follow from their draws")
 
 
 # What follows -------------------------------------------------------------------------------------------------------------
