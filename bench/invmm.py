@@ -3,7 +3,7 @@
     python bench/invmm.py                 about half an hour on 2 cores; goes on where it was stopped; writes docs/benchmark.md
     python bench/invmm.py --few           of a model that was shown few pictures
     python bench/invmm.py --text          memorized pictures of the bundled text model, with captions
-    python bench/invmm.py --photographs   what no model of emoji can draw
+    python bench/invmm.py --foreign       photographs and static, which no model of emoji was shown
 
 Pictures of the highest level (memorized), of those between, and held-out ones. F and B are counted, so they are those of any machine.
 Spread is the standard deviation over seeds; costs are compared picture by picture. The trained pictures together tell whether the presets
@@ -26,7 +26,7 @@ from mnemoscope.lab.sizes import rows_of as size_study_rows
 from mnemoscope.lab.stored import as_files, cases, method_on, setting
 from mnemoscope.measure.invmm import InvMM
 
-MODELS = {"": "demo-unconditional", "text": "demo", "photographs": "demo-unconditional"}
+MODELS = {"": "demo-unconditional", "text": "demo", "foreign": "demo-unconditional"}
 """The bundled model of each option; ``--few`` has a model of its own."""
 
 FEW = Path("build/lab/sizes-48/pipeline")
@@ -37,7 +37,7 @@ def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--pictures", type=int, default=2, help="of each kind")
     p.add_argument("--seeds", type=int, default=3)
-    for which in ("few", "text", "photographs"):
+    for which in ("few", "text", "foreign"):
         p.add_argument(f"--{which}", dest="which", action="store_const", const=which, default="")
     p.add_argument("--work", type=Path, default=Path("build/bench-invmm"))
     args = p.parse_args()
@@ -99,8 +99,8 @@ def chosen(which: str, name: str, n: int, work: Path) -> tuple[dict[str, list[Pi
     if which == "few":
         return few(name, n, work)
     world, target, method = setting(MODELS[which], name=name)
-    if which == "photographs":
-        return {which: photographs(work, n)}, {}, method
+    if which == "foreign":
+        return {"photographs": photographs(work, n), "static": static(work, n)}, {}, method
     every = cases(world, work, n, captions=target.has_text)
     memorized = [c.picture for c in every if c.copies == world.levels[-1]]
     if which == "text":  # seven guidance scales: a picture that official does not find soon costs it 270,000 passes
@@ -124,6 +124,19 @@ def photographs(work: Path, n: int) -> list[Picture]:
         file = work / f"{name}.png"
         if not file.exists():
             Image.fromarray(load_sample_image(f"{name}.jpg")).save(file)
+        found.append(Picture(file, None))
+    return found
+
+
+def static(work: Path, n: int) -> list[Picture]:
+    """Every pixel drawn by itself: what an autoencoder of pictures cannot even hold."""
+    from PIL import Image
+
+    found = []
+    for k in range(n):
+        file = work / f"static-{k}.png"
+        if not file.exists():
+            Image.fromarray(np.random.default_rng(k).integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(file)
         found.append(Picture(file, None))
     return found
 

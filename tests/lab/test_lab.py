@@ -11,7 +11,7 @@ import pytest
 
 from mnemoscope.demo.world import World
 from mnemoscope.errors import UsageError
-from mnemoscope.lab import pages, protection, sizes, stored
+from mnemoscope.lab import duplication, pages, protection, sizes, stored
 from mnemoscope.lab.__main__ import STUDIES
 from mnemoscope.lab.pages import Finding
 from mnemoscope.measure.invmm import varied
@@ -100,42 +100,93 @@ def test_a_model_of_the_size_study_goes_on_where_it_was_stopped(tmp_path):
 
 def test_pictures_of_the_protection_study(tmp_path):
     world = World()
-    repeated, others, ordinary = protection.chosen(world)
-    assert (len(repeated), len(others), len(ordinary)) == (12, 150, 24)
-    assert len({row.picture for row in repeated + others}) == 162
-    concepts = [row.concept for row in repeated + others + ordinary]
-    assert len(set(concepts)) == len(concepts)
+    repeated, others, ordinary, clean = protection.chosen(world)
+    assert (len(repeated), len(others), len(ordinary), len(clean)) == (12, 720, 24, 40)
+    every = repeated + others + ordinary + clean
+    assert len({row.picture for row in every}) == len({row.concept for row in every}) == len(every)
     # The model knows them all, each as well as any other.
-    assert {row.group for row in repeated + others + ordinary} == {"ordinary"}
-    assert len({row.draws for row in repeated + others + ordinary}) == 1
-    folder = protection.folder_of(world, repeated[:2], others[:3], tmp_path / "pictures")
+    assert {row.group for row in every} == {"ordinary"}
+    assert len({row.draws for row in every}) == 1
+    rows = [*((row, 24) for row in repeated[:2]), *((row, 1) for row in others[:3])]
+    folder = protection.folder_of(world, rows, tmp_path / "pictures")
     assert len(list(folder.glob("*.png"))) == 2 * 24 + 3
     lines = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
     assert {line["text"] for line in lines} == {row.caption for row in repeated[:2] + others[:3]}
     for settings in protection.VARIANTS.values():
         TrainConfig(model="demo", data=str(folder), out=str(tmp_path / "out"), **settings)
+    assert set(protection.LESS) < set(protection.VARIANTS)
+    assert len({json.dumps(settings) for settings in protection.VARIANTS.values()}) == len(protection.VARIANTS)
     with pytest.raises(UsageError, match="name demo"):
         protection.protection("demo-unconditional", tmp_path, 1)
+    # What is to be forgotten is stored, and lies in no other list.
+    stored_pictures = world.of("planted", copies=protection.STORED_COPIES)[: protection.REPEATED]
+    assert len(stored_pictures) == protection.REPEATED
+    assert not {row.concept for row in stored_pictures} & {row.concept for row in every}
 
 
 @pytest.mark.slow
 def test_the_protection_study_from_end_to_end(tmp_path, monkeypatch, capsys):
-    for name, value in (("REPEATED", 2), ("COPIES", 3), ("OTHERS", 14), ("ORDINARY", 2), ("STEPS", 2), ("SAMPLER", 2)):
+    for name, value in (
+        ("REPEATED", 2),
+        ("COPIES", 3),
+        ("OTHERS", 14),
+        ("ORDINARY", 2),
+        ("CLEAN", 4),
+        ("STEPS", 2),
+        ("SAMPLER", 2),
+    ):
         monkeypatch.setattr(protection, name, value)
     some = {
         k: v
         for k, v in protection.VARIANTS.items()
-        if k in (protection.UNPROTECTED, "filter, τ = 1", "near-duplicates dropped")
+        if k
+        in (
+            protection.UNPROTECTED,
+            "filter, τ = 1",
+            "filter, τ(t) from 25% of clean samples on",
+            "near-duplicates dropped",
+        )
     }
     monkeypatch.setattr(protection, "VARIANTS", some)
     finding = protection.protection("demo", tmp_path, 2)
     assert set(finding.facts) == {*some, "not fine-tuned"}
     assert all(len(made) == 2 for name, made in finding.facts.items() if name != "not fine-tuned")
-    assert finding.text.count("\n| ") == 1 + 1 + 3
-    assert finding.plot.count("<circle") == 2 * 4  # the untrained model is in it
+    assert finding.text.count("\n| ") == 1 + 1 + 4
+    assert finding.plot.count("<circle") == 2 * 5  # the untrained model is in it
     capsys.readouterr()
     again = protection.protection("demo", tmp_path, 2)
     assert again.facts == finding.facts
+
+
+def test_a_known_law_is_found_again():
+    rng = np.random.default_rng(3)
+    copies = np.repeat([2, 4, 10, 24, 48], 60)
+    hits = rng.binomial(duplication.SEEDS, 1 / (1 + (8 / copies) ** 2.0))
+    found = duplication.law(copies, hits, resamples=200)
+    assert found["slope"].low < 2.0 < found["slope"].high
+    assert found["half"].low < 8.0 < found["half"].high
+    assert found["half"].high / found["half"].low < 1.5
+    # Every resample of pictures that one threshold separates has a law, too.
+    steep = duplication.law(np.array([2, 4, 10, 24]), np.array([0, 0, 4, 4]), resamples=50)
+    assert 4 < steep["half"].value < 10
+    # Where copies make no difference, no number of them is half-way.
+    flat = duplication.law(np.array([2, 4, 10, 24]), np.array([2, 1, 1, 0]), resamples=50)
+    assert flat["half"].value == math.inf
+
+
+@pytest.mark.slow
+def test_the_duplication_study_from_end_to_end(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(duplication, "SAMPLER", 4)
+    finding = duplication.duplication("demo", tmp_path, 1)
+    assert finding.text.count("\n| ") == 1 + 6
+    assert "| held out | 1 | 0.0%" in finding.text
+    assert finding.plot.count("<circle") == 2 * 6
+    assert "drawn" in capsys.readouterr().out
+    again = duplication.duplication("demo", tmp_path, 1)
+    assert again.facts == finding.facts
+    assert "drawn" not in capsys.readouterr().out
+    with pytest.raises(UsageError, match="name demo"):
+        duplication.duplication("demo-unconditional", tmp_path, 1)
 
 
 @pytest.fixture

@@ -5,7 +5,9 @@ python -m mnemoscope.lab replication demo-unconditional the bound against brute 
 python -m mnemoscope.lab membership demo-unconditional  memorization is not membership
 python -m mnemoscope.lab steps CHECKPOINTS              score against training steps, over a folder of pipelines
 python -m mnemoscope.lab sizes demo-unconditional       score against training-set size; trains three models first
+python -m mnemoscope.lab duplication demo               how often a picture is drawn, by its number of copies
 python -m mnemoscope.lab protection demo                what protections of a fine-tuning are worth (--pictures: training seeds)
+python -m mnemoscope.lab forgetting demo                the same, of pictures that are stored already
 python -m mnemoscope.lab samplers demo-unconditional    what other samplers make of the noise that was found
 """
 
@@ -14,7 +16,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from . import pages, protection, sizes, stored
+from . import duplication, pages, protection, sizes, stored
 
 STUDIES = {
     "copies": stored.copies,
@@ -23,7 +25,9 @@ STUDIES = {
     "steps": stored.training_steps,
     "sizes": sizes.sizes,
     "samplers": stored.samplers,
+    "duplication": duplication.duplication,
     "protection": protection.protection,
+    "forgetting": protection.forgetting,
 }
 
 
@@ -34,7 +38,9 @@ def main() -> None:
     )
     p.add_argument("study", choices=STUDIES)
     p.add_argument("model", nargs="?", default="demo-unconditional", help="a bundled model, or a folder of checkpoints")
-    p.add_argument("--pictures", type=int, default=8, help="of each level; of the protection study: training seeds")
+    p.add_argument(
+        "--pictures", type=int, default=8, help="of each level; of protection and forgetting: training seeds"
+    )
     p.add_argument(
         "--work", type=Path, default=Path("build/lab"), help="where results are kept; the same command continues"
     )
