@@ -145,7 +145,7 @@ def _compared(study: str, model: str, work: Path, n: int, variants: Mapping[str,
                "fidelity, repeated captions", "fidelity, ordinary captions", "samples in the loss", "processor seconds"], rows),
     ])  # fmt: skip
     facts = {name: [asdict(outcome) for outcome in made] for name, made in found.items()}
-    return Finding(study, "protection.md", text, facts, _drawn(found, rates))
+    return Finding(study, "protection.md", text, facts, _drawn(found, copies))
 
 
 def chosen(world: World) -> tuple[list[Row], list[Row], list[Row], list[Row]]:
@@ -257,9 +257,9 @@ def _row(
     ]  # fmt: skip
 
 
-def _drawn(found: Mapping[str, Sequence[Outcome]], rates: Mapping[str, stats.Interval]) -> str:
+def _drawn(found: Mapping[str, Sequence[Outcome]], copies: Mapping[str, stats.Interval]) -> str:
     """Copies against both fidelities: the further down and to the right, the better. Numbers are those of the table."""
-    y = svg.fit([rate.high for rate in rates.values()], 300, 30, log=False, zero=True)
+    y = svg.fit([rate.high for rate in copies.values()], 300, 30, log=False, zero=True)
     marks = []
     for left, what, axis in (
         (70, "fidelity", "fidelity, repeated captions"),
@@ -268,10 +268,10 @@ def _drawn(found: Mapping[str, Sequence[Outcome]], rates: Mapping[str, stats.Int
         x = svg.fit([_mean(made, what) for made in found.values()], left, left + 280, log=False)
         marks += [
             svg.x_axis(x, 300, axis),
-            svg.y_axis(y, left, "drawings that are the picture" if left == 70 else "", as_percent=True),
+            svg.y_axis(y, left, "drawings that are copies" if left == 70 else "", as_percent=True),
         ]
         for k, (name, made) in enumerate(found.items()):
-            at, rate = x(_mean(made, what)), rates[name]
+            at, rate = x(_mean(made, what)), copies[name]
             marks.append(svg.line(at, y(rate.low), at, y(rate.high), "line"))
             marks.append(svg.tag("circle", svg.tag("title", name), cx=at, cy=y(rate.value), r=4))
             marks.append(svg.text(at + 6, y(rate.value) - 5, str(k)))
