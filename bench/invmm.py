@@ -74,7 +74,7 @@ def main() -> None:
         + (f", {args.seeds} seeds of the memorized ones." if "memorized" in kinds else "."),
         markdown_table(["pictures", "F + B, official", "F + B, improved", "share, picture by picture", "reproduced, official", "improved",
                         "nats, official", "improved"], rows),
-        "Nats are of pictures that were reproduced: mean, and standard deviation over seeds."
+        "Nats are of pictures that were reproduced: mean, and standard deviation over seeds where there are several."
         + (ranked(found, copies, facts) if copies else ""),
     ])  # fmt: skip
     write_block(DOCS / "benchmark.md", f"measured-invmm{'-' if args.which else ''}{args.which}", text, facts)

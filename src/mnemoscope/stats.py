@@ -41,6 +41,7 @@ __all__ = [
     "least_ordinary",
     "pairs_within",
     "realized_fpr",
+    "replication_bound",
     "roc",
     "rounding",
     "separation",
@@ -397,6 +398,19 @@ def _tpr_interval(
 
     drawn = [tpr(times) for times in _times(unit, sizes, resamples, np.random.default_rng(seed))]
     return _percentile(tpr(np.ones(len(scores), dtype=int)), np.array(drawn), min(sizes), confidence)
+
+
+def replication_bound(nats: float, rate: float) -> float:
+    """exp(−(KL + h(r)) / r): plain noise leads to a picture at least so often (:func:`mnemoscope.measure.invmm.bound`).
+
+    Args:
+        nats: KL in all, of the noise that was found.
+        rate: r, the share of its draws that succeed.
+    """
+    if rate <= 0:
+        return 0.0
+    entropy = 0.0 if rate >= 1 else -rate * math.log(rate) - (1 - rate) * math.log1p(-rate)
+    return math.exp(-(nats + entropy) / rate)
 
 
 def clopper_pearson(k: int, n: int, confidence: float = 0.95) -> Interval:

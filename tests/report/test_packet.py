@@ -594,8 +594,11 @@ def test_whatever_a_packet_holds_it_is_judged_and_nothing_breaks(
 
 def add_measures(run: Path) -> Path:
     rate = stats.clopper_pearson(31, 32)
-    stored = reproduced(0.01, rate=[rate.value, rate.low, rate.high])
-    return write_measures(run / "measures", {"aa": {"result": stored}, "bb": {"result": censored(0.2)}})
+    least = stats.replication_bound(7.68, rate.low)
+    stored = reproduced(0.01, rate=[rate.value, rate.low, rate.high], at_least=least)
+    folder = write_measures(run / "measures", {"aa": {"result": stored}, "bb": {"result": censored(0.2)}})
+    (folder / "pictures/aa.safetensors").write_bytes(b"noise")
+    return folder
 
 
 @pytest.fixture
@@ -620,16 +623,21 @@ def test_pictures_that_were_measured_are_in_the_packet(measured: Path) -> None:
         assert b"bb.png" in archive.read("measures/report.html")
         assert archive.read("measures/pictures/aa.json") == (measured / "measures/pictures/aa.json").read_bytes()
     assert {"measures/measure.json", "measures/pictures/bb-target.webp", "measures/pictures/aa-draw-3.webp"} <= names
+    assert "measures/pictures/aa.safetensors" in names
 
 
-def test_without_images_sums_of_measured_pictures_are_kept(measured: Path) -> None:
+def test_without_images_sums_of_measured_pictures_and_their_noises_are_kept(measured: Path) -> None:
     packed = pack([measured], images=False).path
     assert verify(packed).faults == []
     left_out = member(packed, "packet.json")["pictures"]["left_out"]
     target = measured / "measures/pictures/aa-target.webp"
     assert left_out["measures/pictures/aa-target.webp"] == sha256_of([target.read_bytes()])
+    assert "measures/pictures/aa.safetensors" in left_out
     with zipfile.ZipFile(packed) as archive:
-        assert not [name for name in archive.namelist() if name.startswith("measures/") and name.endswith(".webp")]
+        measures = {name for name in archive.namelist() if name.startswith("measures/")}
+    assert measures == {
+        f"measures/{name}" for name in ("measure.json", "report.html", "pictures/aa.json", "pictures/bb.json")
+    }
 
 
 @pytest.mark.parametrize(
@@ -639,6 +647,9 @@ def test_without_images_sums_of_measured_pictures_are_kept(measured: Path) -> No
         lambda result: result.update(rate=[0.5, 0.4, 0.6]),
         lambda result: result.update(rate=None),
         lambda result: result.update(passed=False),
+        lambda result: result.update(at_least=5.0),
+        lambda result: result.update(at_least=None),
+        lambda result: result.update(nats=0.1),
         lambda result: result.update(succeeded=[33, 32]),
     ],
 )
@@ -663,6 +674,33 @@ def test_levels_outside_of_the_folder_cannot_be_packed(measured: Path, tmp_path:
         pack([measured], tmp_path / "p.zip")
 
 
+@pytest.mark.parametrize(
+    ("name", "change", "fault"),
+    [
+        ("measures/measure.json", lambda said: said.update(levels="/dev/zero"), "not in the packet"),
+        ("measures/measure.json", lambda said: said.update(levels="../run.json"), "not in the packet"),
+        ("measures/measure.json", lambda said: said["preset"].update(scales=["x"]), "measure.json is damaged"),
+        ("measures/measure.json", lambda said: said["preset"].update(scales=5), "measure.json is damaged"),
+        ("measures/measure.json", lambda said: said.update(format=99), "update mnemoscope"),
+        ("measures/pictures/aa.json", lambda entry: entry.update(id="bb"), "the result of another picture"),
+    ],
+)
+def test_measures_that_would_lead_astray_are_faults(
+    measured: Path, tmp_path: Path, name: str, change: Callable[[dict[str, Any]], None], fault: str
+) -> None:
+    found = verify(rewrite(pack([measured]).path, tmp_path / "forged.zip", of_json(name, change), sums=True))
+    assert any(fault in said for said in found.faults)
+
+
+def test_one_shard_of_two_may_hold_what_was_measured(run: Path, tmp_path: Path) -> None:
+    parts = [Path(shutil.copytree(run, tmp_path / f"part{i}")) for i in (1, 2)]
+    add_measures(parts[1])
+    packed = pack(parts, tmp_path / "p.zip").path
+    assert verify(packed).faults == []
+    assert member(packed, "packet.json")["measured"]["reproduced"] == 1
+    assert not any("measured" in note.lower() for note in member(packed, "run.json")["notes"])
+
+
 def test_two_folders_of_measured_pictures_are_not_mixed(measured: Path, tmp_path: Path) -> None:
     other = Path(shutil.copytree(measured, tmp_path / "other"))
     with pytest.raises(UsageError, match="both hold measured pictures"):
@@ -675,7 +713,7 @@ def test_a_merged_run_keeps_what_was_measured(run: Path, measured: Path, tmp_pat
     assert not any("Measured" in note for note in merged.manifest.notes)
     both = Run.merge(tmp_path / "both", [Run(measured), Run(merged.folder)])
     assert not (both.folder / "measures").exists()
-    assert any("Measured pictures were left where they are" in note for note in both.manifest.notes)
+    assert any("they were left where they are" in note and "/" not in note for note in both.manifest.notes)
 
 
 # Names and sums

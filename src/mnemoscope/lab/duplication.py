@@ -27,7 +27,7 @@ from ..demo.world import Row, World
 from ..errors import UsageError
 from ..models.base import Target
 from ..models.load import load
-from ..records.store import write_whole
+from ..records.store import digest, write_whole
 from ..report import svg
 from .pages import Finding, alone, machine, table
 from .protection import drawings
@@ -52,7 +52,8 @@ def duplication(model: str, work: Path, n: int) -> Finding:
         row for level in levels for row in (world.of("planted", copies=level) if level else world.of("heldout"))[:n]
     ]
     doses = np.array([row.copies if row.group == "planted" else 0 for row in rows])
-    counts = _counted(world, target, rows, work / f"duplication-{model}.json")
+    under = digest([target.identity(), SEEDS, SAMPLER])  # drawings of another model or sampler are others
+    counts = _counted(world, target, rows, work / f"duplication-{under}.json")
     rates = {
         question: {level: _rate(counts[:, k][doses == level]) for level in levels}
         for k, question in enumerate(QUESTIONS)

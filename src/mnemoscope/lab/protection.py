@@ -35,7 +35,7 @@ from ..errors import UsageError
 from ..models.base import Target
 from ..models.load import load
 from ..models.sampling import denoise, final
-from ..records.store import write_whole
+from ..records.store import digest, write_whole
 from ..report import svg
 from ..similarity.captions import WorldCaptions
 from ..train.config import AUGMENTATIONS, TrainConfig
@@ -176,13 +176,14 @@ def _outcome(
     folder: Path, settings: Mapping[str, Any], seed: int, data: Path, world: World, judge: WorldCaptions,
     repeated: Sequence[Row], ordinary: Sequence[Row],
 ) -> Outcome:  # fmt: skip
-    file = folder / "outcome.json"
-    if file.exists():
-        return Outcome(**json.loads(file.read_bytes()))
     config = TrainConfig(
         model="demo", data=str(data), out=str(folder), batch_size=BATCH, lr=RATE, caption_dropout=0.1, seed=seed,
         **{"steps": STEPS, **settings},
     )  # fmt: skip
+    lists = [[row.id for row in some] for some in (repeated, ordinary)]
+    file = folder / f"outcome-{digest([config.model_dump(mode='json'), COPIES, OTHERS, SEEDS, SAMPLER, lists])}.json"
+    if file.exists():
+        return Outcome(**json.loads(file.read_bytes()))
     from ..train.run import fine_tune  # needs an extra that the other studies do not
 
     whole = not (folder / "train.json").exists()

@@ -234,10 +234,7 @@ def bound(nats: float, rate: float) -> float:
         nats: KL in all, not per dimension.
         rate: r, the share of draws from q that succeed. 0 bounds nothing.
     """
-    if rate <= 0:
-        return 0.0
-    entropy = 0.0 if rate >= 1 else -rate * math.log(rate) - (1 - rate) * math.log1p(-rate)
-    return math.exp(-(nats + entropy) / rate)
+    return stats.replication_bound(nats, rate)
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from ..errors import RunError
 from .schema import FORMAT
@@ -176,6 +176,15 @@ class Request(_Stored):
     git: dict[str, Any] | None = None
     started: str = ""
 
+    @field_validator("preset")
+    @classmethod
+    def _scales(cls, preset: dict[str, Any]) -> dict[str, Any]:
+        scales = preset.get("scales")
+        numbers = isinstance(scales, list) and all(isinstance(s, int | float) for s in scales)
+        if not (scales is None or numbers):
+            raise ValueError("its guidance scales are no list of numbers")
+        return preset
+
     @property
     def model(self) -> str:
         """What to call the model in sentences."""
@@ -247,6 +256,15 @@ class Measures:
         waiting = 0 if request.asked is None else len(request.asked) - len(found)
         return cls(folder, request, sorted(found, key=lambda e: e.key), waiting)
 
+    def _inside(self, named: str) -> Path:
+        """A file that ``measure.json`` names: whoever wrote it may not name what lies elsewhere."""
+        path = (self.folder / named).resolve()
+        if not path.is_relative_to(self.folder.resolve()) or (path.exists() and not path.is_file()):
+            raise RunError(
+                f"{self.folder / NAME} names scores of known dose outside of its folder ({named}); keep the file in {self.folder}."
+            )
+        return path
+
     def count(self, status: Status) -> int:
         """How many pictures became that."""
         return sum(e.status == status for e in self.entries)
@@ -266,7 +284,7 @@ class Measures:
                               "among those of pictures that were trained on often, once or never.")  # fmt: skip
         if isinstance(named, dict):
             return Levels(_descending(named))
-        path = self.folder / named
+        path = self._inside(named) if file is None else Path(named)
         other = _request(path, f"{path}, which holds scores of known dose, is missing; restore it, or leave it out.")
         if apart := differences(other.setting(), self.request.setting()):
             return Levels({}, f"Scores of known dose were given, and they do not compare: they were measured under another setting "
@@ -294,23 +312,25 @@ def keep_levels(folder: str | Path, file: str | Path) -> None:
 
 
 def kept_files(folder: str | Path) -> tuple[list[str], list[str]]:
-    """Names of the files that the numbers of a folder rest on, and names of its pictures, relative to it; errors as :meth:`Measures.read`.
+    """Names of the files that the numbers of a folder rest on, and those of its pictures and of the noises that lead to them.
+
+    They are relative to the folder. Other errors as :meth:`Measures.read`.
 
     Raises:
         RunError: the levels are in a file that is not in the folder.
     """
     folder, found = Path(folder), Measures.read(folder)
-    records = [NAME]
+    records, others = [NAME], []
     if isinstance(named := found.request.levels, str):
-        if not (folder / named).resolve().is_relative_to(folder.resolve()) or not (folder / named).is_file():
-            raise RunError(
-                f"{folder / NAME} names scores of known dose outside of its folder ({named}); keep the file in {folder}."
-            )
-        records.append(named)
+        path = found._inside(named)
+        if not path.is_file():
+            raise RunError(f"{path}, which holds scores of known dose, is missing; restore it, or leave it out.")
+        records.append(path.relative_to(folder.resolve()).as_posix())
     for e in found.entries:
-        records += [f"pictures/{e.id}{ending}" for ending in (".json", ".safetensors")]
-    pictures = [f for e in found.entries for f in (target_file(e.id), *(draw_file(e.id, k) for k in range(DRAWS)))]
-    return ([f for f in records if (folder / f).is_file()], [f for f in pictures if (folder / f).is_file()])
+        records.append(f"pictures/{e.id}.json")
+        # From the noise that was found a model makes the picture again.
+        others += [f"pictures/{e.id}.safetensors", target_file(e.id), *(draw_file(e.id, k) for k in range(DRAWS))]
+    return records, [f for f in others if (folder / f).is_file()]
 
 
 def read_request(folder: str | Path) -> Request:

@@ -341,12 +341,13 @@ class Run:
                 with explained(merged.folder):
                     shutil.copytree(run.folder / "images", merged.folder / "images", dirs_exist_ok=True)
         tally, notes = merged.tally(), list(merged.manifest.notes)
-        measured = [run.folder / MEASURES for run in runs if (run.folder / MEASURES).is_dir()]
+        measured = [run.folder / MEASURES for run in runs if (run.folder / MEASURES / "measure.json").is_file()]
         if images and len(measured) == 1:
             with explained(merged.folder):
                 shutil.copytree(measured[0], merged.folder / MEASURES)
-        elif measured:
-            notes.append(f"Measured pictures were left where they are: {', '.join(map(str, measured))}.")
+        elif len(measured) > 1:
+            where = ", ".join(folder.parent.resolve().name for folder in measured)
+            notes.append(f"Several parts have measured pictures ({where}); they were left where they are.")
         merged.update(status="done" if tally.complete else "incomplete", notes=[*notes, *tally.notes])
         return merged
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from ..records.measures import DRAWS, Entry, Levels, Measures, draw_file, target_file
+from ..records.measures import DRAWS, NAME, Entry, Levels, Measures, draw_file, target_file
 from ..records.store import MEASURES
 from .findings import Finding, Share
 from .pictures import Picture, Pictures
@@ -359,7 +359,7 @@ def beside_run(run: Path) -> Measures | None:
         RunError: the measures are damaged.
     """
     folder = run / MEASURES
-    return Measures.read(folder) if folder.is_dir() else None
+    return Measures.read(folder) if (folder / NAME).is_file() else None
 
 
 def beside(run: Path, findings: Sequence[Finding], axis: str, *, pictures: bool = True) -> Beside | None:

@@ -30,6 +30,7 @@ from pydantic import BaseModel, ValidationError
 
 from ..errors import RunError, UsageError
 from ..records.measures import NAME, Entry, Measures, Request, kept_files
+from ..records.schema import FORMAT as MEASURES_FORMAT
 from ..records.schema import Manifest, Nearest, Row, Thresholds
 from ..records.store import JUDGED_BY, MEASURES, Run, explained, whole
 from .archive import SUMS, Archive, add, pieces_of, plain, sha256_file, sha256_of, write_sums
@@ -138,8 +139,23 @@ class Records:
         if name not in self.archive.names:
             return None
         results = [n for n in self.archive.names if n.startswith(f"{MEASURES}/pictures/") and n.endswith(".json")]
-        entries = [self._parsed(Entry, self.archive.read(n), n) for n in sorted(results)]
-        return Measures.of(Path(MEASURES), self._parsed(Request, self.archive.read(name), name), entries)
+        request = self._parsed(Request, self.archive.read(name), name)
+        if request.format > MEASURES_FORMAT:
+            raise RunError(
+                f"{name} has format {request.format}, and this version reads {MEASURES_FORMAT}; update mnemoscope."
+            )
+        if isinstance(request.levels, str) and f"{MEASURES}/{request.levels}" not in self.archive.names:
+            raise RunError(
+                f"{name} names scores of known dose that are not in the packet; get it again from whoever made it."
+            )
+        entries = []
+        for n in sorted(results):
+            entries.append(entry := self._parsed(Entry, self.archive.read(n), n))
+            if n != f"{MEASURES}/pictures/{entry.id}.json":
+                raise RunError(
+                    f"{n} holds the result of another picture ({entry.id}); get the packet again from whoever made it."
+                )
+        return Measures.of(Path(MEASURES), request, entries)
 
     def picture(self, name: str) -> bytes | None:
         """A picture that rows name; None: it was not packed."""
@@ -488,7 +504,7 @@ def _described(pictures: Mapping[str, Path | None], images: bool) -> dict[str, A
 
 
 def _kept_measures(given: Sequence[Path]) -> tuple[dict[str, Path], dict[str, Path | None]]:
-    """Records of the measured pictures of a run, and their pictures, by their names in the packet.
+    """Records of the measured pictures of a run, and pictures with the noises that lead to them, by their names in the packet.
 
     Raises:
         UsageError: several of the folders hold measured pictures.

@@ -201,7 +201,7 @@ def _check_thresholds(records: Records, found: Verified) -> None:
 
 
 def _check_measures(records: Records, found: Verified) -> None:
-    """A picture counts as reproduced where it has a score, and rates and intervals follow from counts."""
+    """A picture counts as reproduced where it has a score; rates, intervals and the bound follow from draws and nats."""
     if records.measures is None:
         return
     wrong = []
@@ -216,14 +216,20 @@ def _check_measures(records: Records, found: Verified) -> None:
                 math.isclose(a, b, abs_tol=RTOL)
                 for a, b in zip(r.rate, (follows.value, follows.low, follows.high), strict=True)
             )
-        if (e.status == "reproduced") is not scored or not counted or not rated:
+        bound = None if r.rate is None or r.nats is None else stats.replication_bound(r.nats, r.rate[1])
+        bounded = (bound is None and r.at_least is None) or (
+            bound is not None
+            and r.at_least is not None
+            and math.isclose(bound, r.at_least, rel_tol=1e-6, abs_tol=1e-300)
+        )
+        if (e.status == "reproduced") is not scored or not counted or not rated or not bounded:
             wrong.append(e.id)
     if wrong:
         found.faults.append(
             f"measures: {len(wrong)} of {len(records.measures.entries)} pictures have a score or a rate that does not follow from their "
             f"own draws ({short(', '.join(wrong))})"
         )
-    found.checked.append(f"{len(records.measures.entries)} measured pictures: rates follow from their draws")
+    found.checked.append(f"{len(records.measures.entries)} measured pictures: rates and bounds follow from their draws")
 
 
 # What follows -------------------------------------------------------------------------------------------------------------
