@@ -19,7 +19,10 @@ def pack(
     ] = None,
     images: Annotated[
         bool,
-        typer.Option("--images/--no-images", help="Pack the pictures too, and noises that lead to measured ones; they may be other people's."),
+        typer.Option(
+            "--images/--no-images",
+            help="Pack the pictures too, and noises that lead to measured ones; they may be other people's.",
+        ),
     ] = True,
     as_json: AsJson = False,
 ) -> None:
