@@ -19,6 +19,7 @@ import numpy as np
 
 from .. import stats
 from ..errors import MnemoscopeError, RunError, UsageError
+from ..records.measures import Entry
 from ..records.schema import Row
 from ..records.store import digest, sample_id, short
 from .archive import SUMS, Archive, parse_sums, sha256_of
@@ -204,32 +205,31 @@ def _check_measures(records: Records, found: Verified) -> None:
     """A picture counts as reproduced where it has a score; rates, intervals and the bound follow from draws and nats."""
     if records.measures is None:
         return
-    wrong = []
-    for e in records.measures.entries:
-        r = e.numbers
-        scored = r.score is not None and r.nats is not None
-        counted = r.succeeded is None or 0 <= r.succeeded[0] <= r.succeeded[1] > 0
-        rated = (r.succeeded is None) == (r.rate is None)
-        if counted and rated and r.succeeded is not None and r.rate is not None:
-            follows = stats.clopper_pearson(*r.succeeded)
-            rated = all(
-                math.isclose(a, b, abs_tol=RTOL)
-                for a, b in zip(r.rate, (follows.value, follows.low, follows.high), strict=True)
-            )
-        bound = None if r.rate is None or r.nats is None else stats.replication_bound(r.nats, r.rate[1])
-        bounded = (bound is None and r.at_least is None) or (
-            bound is not None
-            and r.at_least is not None
-            and math.isclose(bound, r.at_least, rel_tol=1e-6, abs_tol=1e-300)
-        )
-        if (e.status == "reproduced") is not scored or not counted or not rated or not bounded:
-            wrong.append(e.id)
-    if wrong:
+    entries = records.measures.entries
+    if wrong := [e.id for e in entries if not _follows(e)]:
         found.faults.append(
-            f"measures: {len(wrong)} of {len(records.measures.entries)} pictures have a score or a rate that does not follow from their "
-            f"own draws ({short(', '.join(wrong))})"
+            f"measures: {len(wrong)} of {len(entries)} pictures have a score or a rate that does not follow from their own draws "
+            f"({short(', '.join(wrong))})"
         )
-    found.checked.append(f"{len(records.measures.entries)} measured pictures: rates and bounds follow from their draws")
+    found.checked.append(f"{len(entries)} measured pictures: rates and bounds follow from their draws")
+
+
+def _follows(entry: Entry) -> bool:
+    """Whether a picture's numbers fit each other."""
+    r = entry.numbers
+    if (entry.status == "reproduced") is not (r.score is not None and r.nats is not None):
+        return False
+    if r.succeeded is None or r.rate is None:
+        return r.succeeded is None and r.rate is None and r.at_least is None
+    if not 0 <= r.succeeded[0] <= r.succeeded[1] > 0:
+        return False
+    rate = stats.clopper_pearson(*r.succeeded)
+    follows = (rate.value, rate.low, rate.high)
+    if not all(math.isclose(a, b, abs_tol=RTOL) for a, b in zip(r.rate, follows, strict=True)):
+        return False
+    if r.nats is None or r.at_least is None:
+        return r.nats is None and r.at_least is None
+    return math.isclose(stats.replication_bound(r.nats, r.rate[1]), r.at_least, rel_tol=1e-6, abs_tol=1e-300)
 
 
 # What follows -------------------------------------------------------------------------------------------------------------
