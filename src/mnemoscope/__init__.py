@@ -29,6 +29,7 @@ _HOME = {
     "Step": "types",
     "Target": "models.base",
     "World": "demo.world",
+    "allow_program": "programs",
     "calibrate": "audit.run",
     "check": "audit.check",
     "denoise": "models.sampling",
@@ -70,6 +71,7 @@ if TYPE_CHECKING:
     from .models.sampling import denoise as denoise
     from .models.sampling import null_output as null_output
     from .models.watch import watch as watch
+    from .programs import allow_program as allow_program
     from .records.store import Run as Run
     from .report.html import write_report as write_report
     from .report.summary import summarize as summarize
@@ -95,6 +97,7 @@ __all__ = [
     "Target",
     "World",
     "__version__",
+    "allow_program",
     "calibrate",
     "check",
     "denoise",

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Mapping
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
 from .errors import UnknownName, UsageError
 
-__all__ = ["BUNDLED", "build", "find", "installed", "options_of"]
+__all__ = ["BUNDLED", "build", "document_options", "find", "installed", "options_of"]
 
 BUNDLED = {"demo": "text-to-image", "demo-unconditional": "unconditional"}
 """Models that come with mnemoscope, and what the world that trained them is called, which is their folder under ``demo/assets``."""
+
+SHORT = 16
+"""Numbers that a list in a document's options may have."""
 
 
 def installed(kind: str) -> dict[str, EntryPoint]:
@@ -49,11 +53,47 @@ def build(kind: str, name: str, options: Mapping[str, Any] | None = None) -> Any
         UsageError: a value that it refuses.
     """
     make, given = find(kind, name), dict(options or {})
-    accepted = list(inspect.signature(make).parameters)
-    for option in given:
-        if option not in accepted:
-            raise UnknownName(f"option of {kind} {name}", option, accepted)
+    _require_known(kind, name, make, given)
     try:
         return make(**given)
     except (TypeError, ValueError) as e:
         raise UsageError(f"{kind} {name} does not take {given} ({e}); see `mnemoscope ls {kind}s`.") from e
+
+
+def _require_known(kind: str, name: str, make: Callable[..., Any], options: Mapping[str, Any]) -> None:
+    accepted = list(inspect.signature(make).parameters)
+    for option in options:
+        if option not in accepted:
+            raise UnknownName(f"option of {kind} {name}", option, accepted)
+
+
+def document_options(kind: str, name: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a plugin that a document names (an index, a run, a packet, a configuration file), once they are known to be harmless.
+
+    Whoever wrote the document may be a stranger, so it chooses among what is installed here, and its values are numbers and switches. A
+    text may be the path of a file or of a program; only the class itself can tell. A class that has texts to choose from has a class
+    method ``document_options``, which takes the options and returns those to build it with, or raises UsageError.
+
+    Raises:
+        UnknownName: nothing of this kind, or no option of it, has this name.
+        UsageError: a value that a document must not choose.
+    """
+    make = find(kind, name)
+    _require_known(kind, name, make, options)
+    judge = getattr(make, "document_options", None)
+    if judge is not None:
+        return dict(judge(options))
+    for option, value in options.items():
+        if not is_number(value):
+            raise UsageError(
+                f"the document chooses {option} of the {kind} {name}, and is trusted with numbers and switches only; if you want that "
+                f"{option}, give it yourself, on the command line or in Python."
+            )
+    return dict(options)
+
+
+def is_number(value: Any) -> bool:
+    """Whether a plain value is a finite number, a switch, nothing, or a short list of these."""
+    if isinstance(value, (list, tuple)):
+        return len(value) <= SHORT and all(is_number(item) and not isinstance(item, (list, tuple)) for item in value)
+    return value is None or isinstance(value, (bool, int)) or (isinstance(value, float) and math.isfinite(value))

@@ -157,7 +157,9 @@ def test_replay_with_a_model_that_lies_elsewhere(run, folder: Path) -> None:
     Run(folder).update(config=Run(folder).manifest.config | {"model": None})
     code, _, err = run("replay", folder)
     assert code == 2
-    assert "does not say which model it was made with; name it with --model" in err
+    assert (
+        "was made with a model in memory. A record does not choose what is opened here: name the model yourself" in err
+    )
 
 
 def test_another_model_can_be_accepted(run, folder: Path) -> None:

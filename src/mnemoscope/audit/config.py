@@ -13,7 +13,8 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from ..errors import UnknownName, UsageError
-from ..plugins import options_of
+from ..plugins import document_options, options_of
+from ..records.documents import require_reachable
 from ..records.store import digest, short
 from .prompts import Columns, Prompt, PromptSet, read_prompts
 
@@ -261,8 +262,20 @@ class AuditConfig(_Settings):
         return value
 
     @classmethod
-    def from_yaml(cls, path: str | Path, **overrides: Any) -> AuditConfig:
-        """Read a YAML file; keyword arguments win over it, and None means not given."""
+    def from_yaml(cls, path: str | Path, *, anywhere: bool = False, **overrides: Any) -> AuditConfig:
+        """Read a YAML file; keyword arguments win over it, and None means not given.
+
+        The file may be somebody else's. It chooses among what is installed and names no program, loads the model with none of the reader's
+        secrets, and reads and writes files of its own folder and of the working directory only.
+
+        Args:
+            path: The file.
+            anywhere: The file is the reader's own: it may name files anywhere, and any option of the loader.
+            **overrides: Settings.
+
+        Raises:
+            UsageError: it cannot be read, or it names what a document must not choose; the message says how to choose it oneself.
+        """
         try:
             content = yaml.safe_load(Path(path).read_bytes()) or {}
         except OSError as e:
@@ -273,7 +286,27 @@ class AuditConfig(_Settings):
             raise UsageError(
                 f"config file {path} holds {type(content).__name__}; write settings as `name: value`, one per line."
             )
-        return cls(**_merged(content, overrides))
+        if not anywhere:
+            _require_harmless(Path(path), content, overrides)
+        config = cls(**_merged(content, overrides))
+        return config if overrides.get("detectors") is not None else config.with_document_detectors(path)
+
+    def with_document_detectors(self, document: str | Path) -> AuditConfig:
+        """The same, with detectors as a document may choose them: no programs, no files.
+
+        Raises:
+            UsageError: a detector, or an option of it, that a document must not choose.
+        """
+        try:
+            detectors = [
+                spec.model_copy(update={"options": document_options("detector", spec.name, spec.options)})
+                if spec.options
+                else spec
+                for spec in self.detectors
+            ]
+        except UsageError as e:
+            raise UsageError(f"{document}: {e}") from None
+        return self.model_copy(update={"detectors": detectors})
 
     def stored(self) -> dict[str, Any]:
         """The configuration as plain values, for the manifest."""
@@ -305,6 +338,51 @@ class AuditConfig(_Settings):
     def error_budget(self, asked: int) -> int:
         """How many of ``asked`` samples may fail before the run stops."""
         return self.max_errors if isinstance(self.max_errors, int) else int(self.max_errors * asked)
+
+
+DOCUMENT_PATHS = ("model", "reference", "measure", "captions", "calibration", "out")
+"""Settings that are paths, or may be."""
+
+LOADER_PATHS = ("lora", "unet", "config")
+"""Options of the loader that are paths, or may be."""
+
+LOADER_OPTIONS = ("guidance", "local_files_only", "resolution", "revision", "sampler", "variant", *LOADER_PATHS)
+"""Options of the loader that a document may choose. The others hold secrets, or say what libraries write and where."""
+
+
+def _require_harmless(path: Path, content: Mapping[Any, Any], overrides: Mapping[str, Any]) -> None:
+    """Refuse what a configuration of somebody else must not choose."""
+    chosen = {key: value for key, value in content.items() if overrides.get(key) is None or key == "prompts"}
+    for key in DOCUMENT_PATHS:
+        _require_reachable(path, key, chosen.get(key))
+    prompts = chosen.get("prompts")
+    replaced = overrides.get("prompts")
+    if not (isinstance(replaced, Mapping) and "path" in replaced) and not isinstance(replaced, (str, Path, list)):
+        _require_reachable(path, "prompts", prompts.get("path") if isinstance(prompts, Mapping) else prompts)
+    options = chosen.get("model_options")
+    for key, value in options.items() if isinstance(options, Mapping) else ():
+        if key not in LOADER_OPTIONS:
+            raise UsageError(
+                f"{path} chooses the loader's option {short(str(key))}, and a configuration file chooses only {', '.join(LOADER_OPTIONS)}; "
+                f"give it yourself (--model-option {short(str(key))}=…), or vouch for the file with --trust-config (anywhere=True)."
+            )
+        for name in _names(value) if key in LOADER_PATHS else ():
+            _require_reachable(path, f"model_options.{key}", name)
+
+
+def _names(value: Any) -> list[Any]:
+    """Paths of one file, of several, or of files with scales."""
+    return list(value) if isinstance(value, (list, Mapping)) else [value]
+
+
+def _require_reachable(path: Path, key: str, name: Any) -> None:
+    if isinstance(name, str):
+        require_reachable(
+            path,
+            key,
+            name,
+            "name it yourself on the command line, or vouch for the file with --trust-config (anywhere=True)",
+        )
 
 
 def _merged(content: dict[Any, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:

@@ -23,8 +23,9 @@ import numpy as np
 from .. import stats
 from ..errors import UnknownName, UsageError
 from ..models.base import Target
+from ..plugins import BUNDLED, is_number
 from ..records.schema import Manifest, Nearest, Row, Score, Thresholds
-from ..records.store import Run, Writer, differences, digest, sample_id
+from ..records.store import Run, Writer, differences, digest, sample_id, short
 from ..similarity.decoding import decode
 from .batch import LOSSLESS, Reference, Sample
 from .config import AuditConfig, PromptSource
@@ -43,6 +44,7 @@ __all__ = [
     "choose",
     "config_of",
     "other_reference",
+    "recorded_model",
     "replay",
 ]
 
@@ -247,21 +249,43 @@ def choose(
 
 
 def config_of(manifest: Manifest, **changes: Any) -> AuditConfig:
-    """The recorded settings, without what concerns a run as a whole.
+    """The recorded settings, as far as a record may choose them, without what concerns a run as a whole.
+
+    A run may come from somebody else, so it chooses among the bundled models and the installed detectors. Another model is left out:
+    whoever replays the run names it (:func:`recorded_model` says what the record calls it).
 
     Args:
         manifest: Of the run.
         **changes: Settings to change; None: as recorded. The precision is the recorded model's unless it is changed.
 
     Raises:
-        UsageError: the record holds settings that this version does not know.
+        UsageError: the record holds settings that this version does not know, or that a record must not choose.
     """
     setting, target = manifest.setting, manifest.setting.get("target", {})
-    kept = ("model", "model_options", "detectors", "seeds", "images")
-    found = {name: manifest.config[name] for name in kept if manifest.config.get(name) is not None}
-    found |= {k: setting[k] for k in ("guidance", "steps", "base_seed", "seed_mode") if setting.get(k) is not None}
-    found |= {"dtype": target["dtype"]} if isinstance(target, Mapping) and target.get("dtype") else {}
-    return AuditConfig(**(found | {k: v for k, v in changes.items() if v is not None}))
+    kept = ("detectors", "seeds", "images")
+    record = {name: manifest.config[name] for name in kept if manifest.config.get(name) is not None}
+    if manifest.config.get("model") in BUNDLED:
+        record["model"] = manifest.config["model"]
+    record |= {"model_options": _harmless_options(manifest)}
+    record |= {k: setting[k] for k in ("guidance", "steps", "base_seed", "seed_mode") if setting.get(k) is not None}
+    record |= {"dtype": target["dtype"]} if isinstance(target, Mapping) and target.get("dtype") else {}
+    config = AuditConfig(**(record | {k: v for k, v in changes.items() if v is not None}))
+    return config if changes.get("detectors") is not None else config.with_document_detectors("the record of the run")
+
+
+def recorded_model(manifest: Manifest) -> str:
+    """What a record calls its model, with the options that it was opened with, in words: a claim, which nothing is opened by."""
+    options = manifest.config.get("model_options")
+    told = ", ".join(f"{k}={v}" for k, v in options.items()) if isinstance(options, Mapping) else ""
+    return short(f"{manifest.config.get('model') or 'a model in memory'}{f' with {told}' if told else ''}", 200)
+
+
+def _harmless_options(manifest: Manifest) -> dict[str, Any]:
+    """Of the options that the recorded model was opened with, those that are neither names of files nor secrets."""
+    options = manifest.config.get("model_options")
+    options = options if isinstance(options, Mapping) else {}
+    kept = {k: options[k] for k in ("guidance", "resolution") if is_number(options.get(k)) and k in options}
+    return kept | ({"sampler": options["sampler"]} if options.get("sampler") in ("ddim", "own") else {})
 
 
 # Replaying ----------------------------------------------------------------------------------------------------------------
@@ -374,8 +398,8 @@ def _same_setting(manifest: Manifest, request: Request, accept_model: bool) -> l
     if telling and not accept_model:
         more = f"; and {len(telling) - 3} more" if len(telling) > 3 else ""
         raise UsageError(
-            f"{request.target.name} is not the model of the run ({'; '.join(telling[:3])}{more}); name that one with --model, or "
-            f"pass --accept-model to compare with this one all the same."
+            f"{request.target.name} is not the model of the run ({'; '.join(telling[:3])}{more}); name that one with --model (the record "
+            f"calls it {recorded_model(manifest)}), or pass --accept-model to compare with this one all the same."
         )
     return telling
 

@@ -116,9 +116,9 @@ def _threshold(index: IndexFolder, asked: float | None) -> float:
     record = index.manifest.descriptor
     own = None
     if record.maker is not None:
-        from ..similarity.base import build
+        from ..similarity.base import build_from_document
 
-        own = getattr(build(record.maker, record.options), "near_duplicate", None)
+        own = getattr(build_from_document(record.maker, record.options), "near_duplicate", None)
     if own is None:
         raise UsageError(f"{record.name} states no similarity of near-duplicates; give one with --threshold.")
     return own

@@ -67,7 +67,7 @@ def gate(
         raise UsageError("there is no run to judge; name a run folder.")
     from ..report.gate import judge
 
-    verdict = judge(rules, _material(rules, runs, policy.parent), date.today())
+    verdict = judge(rules, _material(rules, runs, policy), date.today())
     written = _write(verdict, out or runs[0] / "gate.json", junit, summary)
     _show(verdict, as_json=as_json)
     for remark in verdict.remarks:
@@ -79,15 +79,19 @@ def gate(
 # What the policy names ----------------------------------------------------------------------------------------------------
 
 
-def _material(policy: Policy, runs: Sequence[Path], beside: Path) -> Material:
+def _material(policy: Policy, runs: Sequence[Path], file: Path) -> Material:
+    from ..records.documents import require_reachable
     from ..report.audited import read_audited
     from ..report.gate import Material
 
     names = policy.detectors
     listed = dict.fromkeys(rule.leaks for rule in policy.rules if rule.leaks is not None)
     earlier = dict.fromkeys(rule.baseline for rule in policy.rules if rule.baseline is not None)
-    leaks = {name: _leaks(beside / name) for name in listed}
-    baselines = {name: read_audited([beside / name], names) for name in earlier}  # whose clusters no rule asks for
+    beside = {name: file.parent / name for name in [*listed, *earlier]}
+    for path in beside.values():
+        require_reachable(file, "what a rule is judged by", path, "copy it into that folder")
+    leaks = {name: _leaks(beside[name]) for name in listed}
+    baselines = {name: read_audited([beside[name]], names) for name in earlier}  # whose clusters no rule asks for
     return Material(_judged(policy, runs, names), baselines, leaks)
 
 

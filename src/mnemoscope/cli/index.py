@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 import typer
 
 from ..errors import UnknownName
+from ..plugins import document_options
 from . import screen
 from .pairs import option as _option
 from .pairs import read_pairs
@@ -163,7 +164,9 @@ def build_index(
     options = read_pairs("--descriptor-option", descriptor_option, "side=16")
     if descriptor is None and IndexFolder.exists(out):
         record = IndexFolder(out).manifest.descriptor
-        descriptor, options = record.maker, options or record.options
+        descriptor = record.maker
+        if descriptor is not None and not options:
+            options = document_options("descriptor", descriptor, record.options)
     with screen.stoppable(), quiet_pillow(), screen.progress("index") as progress:
         return ReferenceIndex.build(
             source,

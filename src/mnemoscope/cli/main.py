@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import MnemoscopeError, UsageError
+from ..programs import allow_program
 from . import screen
 from .duplicates import duplicates
 from .explain import explain
@@ -99,6 +100,13 @@ Notes = Annotated[
     _option("Something a reader of the run should know; repeatable.", "--notes"),
 ]
 Config = Annotated[Path | None, _option("YAML file with the same names as the options; options win.")]
+TrustConfig = Annotated[
+    bool,
+    typer.Option(
+        "--trust-config",
+        help="The --config file is your own: it may name files anywhere, and any option of the loader.",
+    ),
+]
 ThresholdsFile = Annotated[
     Path | None, _option("Run folder of `mnemoscope calibrate`, or its thresholds.json.", "--calibration")
 ]
@@ -125,6 +133,14 @@ DryRun = Annotated[
 def _common(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Nothing but results and errors.")] = False,
     offline: Annotated[bool, typer.Option("--offline", help="Never ask the hub.")] = False,
+    programs: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--allow-program",
+            help="FILE=SHA256 of a program (TorchScript) that an index, a run or a configuration may use; repeatable.",
+            show_default=False,
+        ),
+    ] = None,
     traceback: Annotated[bool, typer.Option("--traceback", help="Show where an error came from.")] = False,
     verbose: Annotated[
         int,
@@ -138,6 +154,9 @@ def _common(
     if offline:
         # huggingface_hub reads this when it is imported; nothing has imported it yet.
         os.environ["HF_HUB_OFFLINE"] = "1"
+    for program in programs or ():
+        file, _, sha256 = program.rpartition("=")
+        allow_program(file, sha256)
     if traceback:
         os.environ["MNEMOSCOPE_DEBUG"] = "1"
 
@@ -262,6 +281,7 @@ def audit(
     lora: LoRA = None,
     model_option: ModelOption = None,
     config: Config = None,
+    trust_config: TrustConfig = False,
     fresh: Fresh = False,
     dry_run: DryRun = False,
     as_json: AsJson = False,
@@ -270,7 +290,7 @@ def audit(
 
     Example: mnemoscope audit demo --prompts prompts.txt --out runs/mine
     """
-    settings = _known_beta(_settings(config, {k: v for k, v in locals().items() if k in AUDIT_OPTIONS}))
+    settings = _known_beta(_settings(config, {k: v for k, v in locals().items() if k in AUDIT_OPTIONS}, trust_config))
     from ..audit.run import audit as run_audit
     from ..records.store import MEASURES
     from ..report.html import write_report
@@ -324,6 +344,7 @@ def calibrate(
     lora: LoRA = None,
     model_option: ModelOption = None,
     config: Config = None,
+    trust_config: TrustConfig = False,
     fresh: Fresh = False,
     dry_run: DryRun = False,
     as_json: AsJson = False,
@@ -348,7 +369,7 @@ def calibrate(
         raise UsageError(
             "--from-log brings scores of its own, unlabelled: leave out --prompts, --unlabelled, --seeds and --detectors."
         )
-    settings = _settings(config, {k: v for k, v in locals().items() if k in AUDIT_OPTIONS})
+    settings = _settings(config, {k: v for k, v in locals().items() if k in AUDIT_OPTIONS}, trust_config)
     from ..audit.run import calibrate as run_calibration
     from ..audit.run import calibrate_on_log
 
@@ -532,7 +553,7 @@ def _show_thresholds(found: dict[str, Any], where: str, *, as_json: bool, traffi
     print(where)
 
 
-def _settings(config: Path | None, options: dict[str, Any]) -> AuditConfig:
+def _settings(config: Path | None, options: dict[str, Any], trust_config: bool) -> AuditConfig:
     """One frozen configuration from the YAML file and the options; options win."""
     from ..audit.config import AuditConfig
 
@@ -552,7 +573,7 @@ def _settings(config: Path | None, options: dict[str, Any]) -> AuditConfig:
     for name in ("batch_size", "max_errors"):
         if name in given:
             given[name] = _number(given[name])
-    settings = AuditConfig.from_yaml(config, **given) if config else AuditConfig(**given)
+    settings = AuditConfig.from_yaml(config, anywhere=trust_config, **given) if config else AuditConfig(**given)
     screen.say(f"Loading {settings.model or 'the model'} …")  # before torch is imported, which takes its time
     settings = settings if window is None else settings.with_window(window)
     log.info("settings: %s", settings.stored())

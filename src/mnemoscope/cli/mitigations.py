@@ -168,10 +168,12 @@ def read_pictures(file: Path, copy_threshold: float | None) -> list[dict[str, An
             "--copy-threshold says from which similarity on a picture is a copy, for instance 0.9 (`mnemoscope index`)."
         )
     from ..audit.measures import picture_lines
+    from ..records.documents import require_reachable
 
     found = []
     for k, row in enumerate(picture_lines(file, ', "control": false'), 1):
         image = file.parent / row["image"]
+        require_reachable(file, "image", image, "copy the picture into the folder of the list")
         if not image.is_file():
             raise UsageError(f"{file}, line {k}: {image} does not exist.")
         found.append({"image": image, "caption": row["caption"], "control": bool(row.get("control", False))})

@@ -18,7 +18,7 @@ def regions(
     top: Annotated[int, typer.Option(help="How many of the worst prompts.", min=1)] = 8,
     kind: Annotated[str, typer.Option(help="curvature, score or attention.")] = "curvature",
     model: Annotated[
-        str | None, typer.Option(help="Where the model is now; default: where the run had it.", show_default=False)
+        str | None, typer.Option(help="The model, unless the run was made with a bundled one.", show_default=False)
     ] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, …", show_default=False)] = None,
     model_option: Annotated[
@@ -34,26 +34,27 @@ def regions(
 
     summary = read_summary(run, separate=False)
     manifest = summary.manifest
-    setting, name = manifest.setting, model or manifest.config.get("model")
-    if not name:
-        raise UsageError(f"{run} does not say where its model is; name it with --model.")
+    setting = manifest.setting
     if setting.get("seed_mode") != "shared":
         raise UsageError(
             f"{run} gave each prompt noises of its own, and maps are made from the shared ones; audit with seed_mode shared."
         )
-    screen.say(f"Loading {name} …")  # before torch is imported, which takes its time
-    from ..audit.request import identity_of
+    screen.say(f"Loading {model or 'the model of the run'} …")  # before torch is imported, which takes its time
+    from ..audit.replay import config_of, recorded_model
+    from ..audit.request import identity_of, load
     from ..explain.overlay import overlay
     from ..explain.regions import regions as look
-    from ..models.load import load
     from ..records.store import differences, write_whole
 
-    dtype = setting["target"].get("dtype")
-    target = load(
-        name, dtype=dtype, device=device, **(model_options(model_option) or manifest.config.get("model_options") or {})
-    )
+    config = config_of(manifest, model=model, device=device, model_options=model_options(model_option) or None)
+    if config.model is None:
+        raise UsageError(
+            f"{run} says that it was made with {recorded_model(manifest)}. A record does not choose what is opened here: name the model "
+            f"yourself with --model, and options that it needs with --model-option."
+        )
+    target = load(config)
     if found := differences(setting["target"], identity_of(target)):
-        raise UsageError(f"{name} is not the model of {run} ({found[0]}); name the right one with --model.")
+        raise UsageError(f"{config.model} is not the model of {run} ({found[0]}); name the right one with --model.")
     kept = {}
     for finding in [f for f in summary.findings if f.prompt and f.shots][:top]:
         screen.say(finding.prompt[:80])

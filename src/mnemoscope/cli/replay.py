@@ -35,7 +35,7 @@ def replay(
     seed: Annotated[int, typer.Option(help="Of the draw.")] = 0,
     everything: Annotated[bool, typer.Option("--all", help="All samples.")] = False,
     model: Annotated[
-        str | None, typer.Option(help="The model, where it is not where the run found it.", show_default=False)
+        str | None, typer.Option(help="The model, unless the run was made with a bundled one.", show_default=False)
     ] = None,
     model_option: Annotated[
         list[str] | None,
@@ -66,8 +66,8 @@ def replay(
     Example: mnemoscope replay runs/demo --sample 4
     """
     with _evidence(run) as evidence:
-        screen.say(f"Loading {model or evidence.manifest.config.get('model') or 'the model'} …")
-        from ..audit.replay import choose, config_of
+        screen.say(f"Loading {model or 'the model of the run'} …")  # before torch is imported, which takes its time
+        from ..audit.replay import choose, config_of, recorded_model
         from ..audit.replay import replay as compute
         from ..report.summary import finite
 
@@ -76,7 +76,10 @@ def replay(
         options = read_pairs("--model-option", model_option, "revision=main") if model_option else None
         config = config_of(evidence.manifest, model_options=options, **changes)
         if config.model is None:
-            raise UsageError(f"{run} does not say which model it was made with; name it with --model.")
+            raise UsageError(
+                f"{run} says that it was made with {recorded_model(evidence.manifest)}. A record does not choose what is opened here: name "
+                f"the model yourself with --model, and options that it needs with --model-option."
+            )
         target = _load(config)
         known = _reference(evidence, reference) if any(row.nearest for row in rows) else None
         with screen.stoppable(), screen.progress("replay") as progress:

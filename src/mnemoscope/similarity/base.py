@@ -14,7 +14,17 @@ from torch import Tensor
 
 from .. import plugins
 
-__all__ = ["DEFAULT", "Descriptor", "Match", "Pictures", "Vectors", "as_tensor", "build", "matched"]
+__all__ = [
+    "DEFAULT",
+    "Descriptor",
+    "Match",
+    "Pictures",
+    "Vectors",
+    "as_tensor",
+    "build",
+    "build_from_document",
+    "matched",
+]
 
 Pictures: TypeAlias = Float[Tensor, "batch 3 height width"]
 """RGB in [0, 1]."""
@@ -97,5 +107,14 @@ def as_tensor(picture: Image.Image, least: int = 512) -> Float[Tensor, "1 3 heig
 
 
 def build(name: str, options: Mapping[str, Any] | None = None) -> Descriptor:
-    """A descriptor from plain values, as an index's manifest holds them: :func:`mnemoscope.plugins.build`."""
+    """A descriptor from plain values that the reader chose: :func:`mnemoscope.plugins.build`."""
     return plugins.build("descriptor", name, options)
+
+
+def build_from_document(name: str, options: Mapping[str, Any]) -> Descriptor:
+    """A descriptor that a document names, such as an index: only with options that a stranger may choose.
+
+    Raises:
+        UsageError: as :func:`mnemoscope.plugins.document_options`.
+    """
+    return build(name, plugins.document_options("descriptor", name, options))

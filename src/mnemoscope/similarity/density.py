@@ -20,8 +20,10 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from .. import plugins
 from ..errors import UnknownName, UsageError
 from ..plugins import installed
+from ..records.store import short
 from . import base
 from .base import Descriptor, Pictures
 
@@ -175,6 +177,28 @@ class DensityDetector:
         identity = {"tiles": TILES} if self._describe is None else self._describe.identity()
         # A plain value, and public: thresholds are kept with what detectors hold in public, and must not outlive other weights.
         self.identity = json.dumps(identity, sort_keys=True, default=str)
+
+    @classmethod
+    def document_options(cls, options: Mapping[str, Any]) -> dict[str, Any]:
+        """Options that a document may choose; those of its descriptor are judged as any descriptor's.
+
+        Raises:
+            UnknownName: no such descriptor, or no such ``count``.
+            UsageError: an option that a document must not choose.
+        """
+        chosen = dict(options)
+        descriptor, more = str(chosen.get("descriptor", TILED)), chosen.get("descriptor_options") or {}
+        if not isinstance(more, Mapping):
+            raise UsageError(f"density: descriptor_options is {short(repr(more))}, and must be a mapping of options.")
+        if descriptor != TILED:
+            chosen["descriptor_options"] = plugins.document_options("descriptor", descriptor, more)
+        elif more:
+            raise UsageError("density: the comparison of tiles takes no descriptor_options; leave them out.")
+        if not plugins.is_number(chosen.get("near")):
+            raise UsageError(f"density: near is {short(repr(chosen['near']))}, and must be a number.")
+        if chosen.get("count", COUNTS[0]) not in COUNTS:
+            raise UnknownName("count of density", str(chosen["count"]), COUNTS)
+        return chosen
 
     def score(self, pictures: Float[Tensor, "n 3 height width"]) -> Float[Tensor, " n"]:
         """How alike each generation is to the others of its prompt.

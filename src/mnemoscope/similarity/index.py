@@ -28,7 +28,7 @@ from ..errors import ModelFault, RunError, UsageError
 from ..models.identity import hash_file
 from ..records.store import differences, explained, whole
 from ..stats import least_ordinary, threshold_at_fpr
-from .base import DEFAULT, Descriptor, Match, Pictures, build, matched
+from .base import DEFAULT, Descriptor, Match, Pictures, build, build_from_document, matched
 from .layout import CANDIDATES, Layouts, thumbnail, with_layouts
 from .reading import Anything, Entry, Reading, Source, open_source, read
 from .search import FLAT, Searcher, build_inverted, has_faiss
@@ -278,6 +278,11 @@ class ReferenceIndex:
             raise UsageError(f"{self.files.folder} holds no picture with a descriptor; build it from pictures first.")
         if not len(vectors):
             return []
+        if vectors.shape[1] != self.files.manifest.dim:
+            raise RunError(
+                f"{self.files.folder} holds vectors of {self.files.manifest.dim} numbers, and {self.name} gives {vectors.shape[1]}; build "
+                f"the index anew."
+            )
         found = self._search.top(vectors, k)
         return [
             [self._match(s, i) for s, i in zip(similarity, number, strict=True) if i >= 0]
@@ -519,7 +524,10 @@ def _remade(record: DescriptorRecord, folder: Path) -> Descriptor:
         raise UsageError(
             f"{folder} was made with a descriptor that was handed in ({record.name}); hand in the same one to ask it."
         )
-    return build(record.maker, record.options)
+    try:
+        return build_from_document(record.maker, record.options)
+    except UsageError as e:
+        raise UsageError(f"{folder}: {e}") from None
 
 
 def _register(files: IndexFolder, source: Source, prefix: str) -> int:

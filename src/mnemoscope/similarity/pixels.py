@@ -21,6 +21,9 @@ __all__ = ["PLAIN", "Pixels"]
 PLAIN = 0.05
 """Norm below which what is left of a thumbnail is rounding (less than half a grey level a pixel), not a picture."""
 
+MOST = 256
+"""Largest side of a thumbnail."""
+
 
 class Pixels:
     """Mean-free ``side`` × ``side`` RGB thumbnails, unit length; similarity is their dot product, in [−1, 1]."""
@@ -30,6 +33,8 @@ class Pixels:
     different pictures of the bundled world reaches it (the closest, 0.978, are templates)."""
 
     def __init__(self, side: int = 16):
+        if not (isinstance(side, int) and 2 <= side <= MOST):
+            raise UsageError(f"pixels: side is {side!r}, and must be a whole number from 2 to {MOST}.")
         self.side = side
 
     @property

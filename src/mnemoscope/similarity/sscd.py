@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import importlib.util
 import warnings
+from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,8 @@ from torch import Tensor
 
 from ..errors import UnknownName, UsageError
 from ..models.identity import hash_file
+from ..programs import allowed_program, how_to_allow
+from ..records.store import short
 from .base import Pictures, Vectors, as_tensor
 
 __all__ = ["PACKAGED", "PRESETS", "SSCD"]
@@ -78,6 +81,29 @@ class SSCD:
                 f"{weights} is a program (TorchScript) with sha256 {self._hash}, and {given}; compare it with the one "
                 f"that its publisher states, then pass sha256={self._hash}."
             )
+
+    @classmethod
+    def document_options(cls, options: Mapping[str, Any]) -> dict[str, Any]:
+        """Options that a document may choose: packaged weights and a preset. The official file only where the reader has allowed it.
+
+        The path that the document names is not looked at: the allowed file with this hash stands for it.
+
+        Raises:
+            UsageError: it names a program that the reader has not allowed.
+        """
+        weights, preset = options.get("weights", "mixup-int8"), options.get("preset", "authors-320")
+        if preset not in PRESETS:
+            raise UnknownName("preset", str(preset), PRESETS)
+        if isinstance(weights, str) and weights in PACKAGED and options.get("sha256") is None:
+            return {"weights": weights, "preset": preset}
+        sha256 = str(options.get("sha256"))
+        file = allowed_program(sha256)
+        if file is None:
+            raise UsageError(
+                f"the document asks for the program {short(str(weights))} (TorchScript, SHA-256 {short(sha256, 64)}), and a document does "
+                f"not choose what runs: {how_to_allow('that file')}."
+            )
+        return {"weights": str(file), "preset": preset, "sha256": sha256.lower()}
 
     @property
     def name(self) -> str:

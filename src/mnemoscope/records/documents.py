@@ -1,0 +1,41 @@
+"""Files that a document names: a configuration, a policy, a list of pictures.
+
+Such a document may come from somebody else, and what it makes a command read ends in results that are handed back. So it names files of
+its own folder, or visible ones below the working directory; for any other file, the reader names it himself.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ..errors import UsageError
+from .files import leads_out
+
+__all__ = ["require_reachable"]
+
+
+def require_reachable(document: str | Path, what: str, name: str | Path, cure: str) -> None:
+    """Refuse a file or folder that a document must not choose. It need not exist.
+
+    Args:
+        document: The document's own path.
+        what: What the document calls it, for the sentence.
+        name: Its path: absolute, or from the working directory.
+        cure: What the reader does if he wants that file.
+
+    Raises:
+        UsageError: it lies neither in the document's folder nor, without a name that begins with a dot, below the working directory.
+    """
+    path = Path(name).expanduser()
+    try:
+        beside = not leads_out(Path(document).parent, path)
+        below = not leads_out(Path.cwd(), path)
+    except (OSError, ValueError, RuntimeError):  # a zero byte; a link that leads to itself
+        beside = below = False
+    if beside or (below and not _is_hidden(path.resolve().relative_to(Path.cwd().resolve()))):
+        return
+    raise UsageError(f"{document} names {str(name)[:200]!r} as {what}, which lies outside of its folder; {cure}.")
+
+
+def _is_hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
