@@ -31,7 +31,7 @@ from torch import Tensor
 from common import DOCS, machine, markdown_table, write_block
 from mnemoscope import World, load, stats
 from mnemoscope.demo.world import COPY_FMR
-from mnemoscope.models.identity import hash_file
+from mnemoscope.records.files import hash_file
 from mnemoscope.similarity.base import Descriptor
 from mnemoscope.similarity.fingerprint import Fingerprint
 from mnemoscope.similarity.nulls import FILE, FMR

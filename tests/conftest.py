@@ -8,7 +8,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when huggingface_hub is imp
 
 import functools
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,14 @@ OFFICIAL = Path(__file__).parent / "reference" / "official_wen"
 TEXT_KINDS = ("sd", "sd-v", "sd-x0", "sd2")
 FLOW_KINDS = ("sd3", "sd35")
 IMAGE_KINDS = ("pixel", "gray", "ldm-kl", "ldm-vq")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _state_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """The key that marks indexes is made in a folder of the session, never in the home of whoever runs the tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_STATE_HOME", str(tmp_path_factory.mktemp("state")))
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -8,11 +8,10 @@ the allowed file with that hash, wherever the document says that it lies.
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 
 from .errors import UsageError
-from .records.files import open_regular
+from .records.files import hash_file
 
 __all__ = ["allow_program", "allowed_program", "how_to_allow"]
 
@@ -31,18 +30,15 @@ def allow_program(file: str | Path, sha256: str) -> None:
         UsageError: the file cannot be read, or has another hash.
     """
     path = Path(file).expanduser().resolve()
-    digest = hashlib.sha256()
     try:
-        with open_regular(path) as content:
-            while block := content.read(1 << 22):
-                digest.update(block)
+        digest = hash_file(path)
     except OSError as e:
         raise UsageError(f"the program {file} cannot be read ({e.strerror or e}); check the path.") from None
-    if digest.hexdigest() != sha256.strip().lower():
+    if digest != sha256.strip().lower():
         raise UsageError(
-            f"the program {file} has SHA-256 {digest.hexdigest()}, and {sha256} was given; compare it with what its publisher states."
+            f"the program {file} has SHA-256 {digest}, and {sha256} was given; compare it with what its publisher states."
         )
-    _ALLOWED[digest.hexdigest()] = path
+    _ALLOWED[digest] = path
 
 
 def allowed_program(sha256: str) -> Path | None:

@@ -52,6 +52,22 @@ def test_build_info_query(run, pictures):
     assert len(lines) == 3
 
 
+def test_an_index_that_was_sent_says_what_it_does_not_show(run, pictures, tmp_path):
+    run("index", "build", "pictures", "--out", "refs")
+    manifest = tmp_path / "refs/manifest.json"
+    facts = json.loads(manifest.read_bytes())
+    facts["sources"][0] |= {"path": "/elsewhere"}
+    manifest.write_text(json.dumps(facts))
+    sentence = "mnemoscope index locate refs PICTURES"
+    for words in (["query", "refs", "pictures/5.png"], ["info", "refs"]):
+        code, _, err = run("index", *words)
+        assert (code, err.count(sentence)) == (0, 1)
+    assert run("index", "locate", "refs", "nowhere")[0] == 2
+    code, _, err = run("index", "locate", "refs", "pictures")
+    assert (code, err) == (0, "The pictures of refs are shown from pictures.\n")
+    assert sentence not in run("index", "info", "refs")[2]
+
+
 def test_queries_of_folders_and_broken_pictures(run, pictures):
     run("index", "build", "pictures", "--out", "refs")
     code, out, _ = run("index", "query", "refs", "pictures", "pictures/zero.png", "--json", "-k", 1)
@@ -118,7 +134,9 @@ def test_bad_input_gets_one_sentence_and_exit_2(run, pictures, words, sentence):
     assert out == ""
 
 
-@pytest.mark.parametrize("command", [["index", "build"], ["index", "query"], ["index", "info"], ["duplicates"]])
+@pytest.mark.parametrize(
+    "command", [["index", "build"], ["index", "query"], ["index", "info"], ["index", "locate"], ["duplicates"]]
+)
 def test_every_command_has_an_example(run, command):
     code, out, _ = run(*command, "--help")
     assert code == 0

@@ -346,3 +346,17 @@ def test_logs_of_a_guard(tmp_path):
             read_log(log)
     with pytest.raises(UsageError, match="cannot be read"):
         read_log(tmp_path / "none.jsonl")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no pipes")
+def test_of_a_run_folder_only_its_own_file_is_read(tmp_path):
+    path = fit().save(tmp_path / "thresholds.json")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thresholds.json").symlink_to(path)
+    with pytest.raises(UsageError, match="leads out of its folder"):
+        Calibration.load(tmp_path / "run")
+    assert Calibration.load(tmp_path / "run" / "thresholds.json"), "a file that is named may be a link"
+    (tmp_path / "run" / "thresholds.json").unlink()
+    os.mkfifo(tmp_path / "run" / "thresholds.json")
+    with pytest.raises(UsageError, match=r"holds no thresholds\.json"):
+        Calibration.load(tmp_path / "run")

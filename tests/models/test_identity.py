@@ -169,17 +169,6 @@ def test_it_is_computed_once_and_when_asked_for(build_pipe, adapt, monkeypatch):
     assert len(calls) == 3
 
 
-def test_files_are_read_once_while_they_stand_still(tmp_path):
-    file = tmp_path / "a.safetensors"
-    file.write_bytes(b"one")
-    first = identity.hash_file(file)
-    hits = identity._hash_file.cache_info().hits
-    assert identity.hash_file(file) == first == hashlib.sha256(b"one").hexdigest()
-    assert identity._hash_file.cache_info().hits == hits + 1
-    file.write_bytes(b"three")
-    assert identity.hash_file(file) == hashlib.sha256(b"three").hexdigest()
-
-
 def test_tensors_are_hashed_by_name_type_shape_and_bytes():
     a = torch.arange(6, dtype=torch.float32)
     tensors = {"a": a, "b": a.to(torch.bfloat16), "c": torch.tensor(1.0), "d": a.view(2, 3).T}

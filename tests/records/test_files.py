@@ -1,10 +1,20 @@
 """Files that documents of others name: inside their folder, regular, and never waited for."""
 
+import hashlib
 import os
 
 import pytest
 
-from mnemoscope.records.files import file_inside, leads_out, open_regular, read_inside, read_regular
+from mnemoscope.records import files
+from mnemoscope.records.files import (
+    file_inside,
+    files_below,
+    hash_file,
+    leads_out,
+    open_regular,
+    read_inside,
+    read_regular,
+)
 
 
 @pytest.fixture
@@ -59,3 +69,32 @@ def test_a_file_over_the_limit_is_not_read(folder):
     assert read_regular(folder / "deep" / "a", 4) == b"four"
     with pytest.raises(OSError, match="4 bytes, and the limit is 3"):
         read_regular(folder / "deep" / "a", 3)
+
+
+def test_the_files_below_a_folder_are_those_that_may_be_copied(folder):
+    (folder / "deep" / "b").symlink_to("a")
+    assert [name for name, _ in files_below(folder, "deep")] == ["deep/a", "deep/b"]
+    assert list(files_below(folder, "none")) == []
+    (folder / "deep" / "up").symlink_to(folder)
+    with pytest.raises(OSError, match="no regular file"):
+        list(files_below(folder, "deep"))
+    (folder / "elsewhere").symlink_to(folder.parent)
+    with pytest.raises(OSError, match="leads out"):
+        list(files_below(folder, "elsewhere"))
+
+
+def test_a_hash_is_of_what_the_file_is_now(folder):
+    before = hash_file(folder / "deep" / "a")
+    (folder / "deep" / "a").write_bytes(b"five")
+    assert hash_file(folder / "deep" / "a") != before
+
+
+def test_files_are_read_once_while_they_stand_still(tmp_path):
+    file = tmp_path / "a.safetensors"
+    file.write_bytes(b"one")
+    first = hash_file(file)
+    hits = files._hash_file.cache_info().hits
+    assert hash_file(file) == first == hashlib.sha256(b"one").hexdigest()
+    assert files._hash_file.cache_info().hits == hits + 1
+    file.write_bytes(b"three")
+    assert hash_file(file) == hashlib.sha256(b"three").hexdigest()

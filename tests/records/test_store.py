@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from mnemoscope.errors import RunError
 from mnemoscope.records.schema import Manifest, Nearest, Row, Score
-from mnemoscope.records.store import Run, Writer, differences, digest, free_folder, sample_id
+from mnemoscope.records.store import Run, Writer, differences, digest, free_folder, sample_id, write_whole
 
 # Machines that run tests are busy at times; what is tested is never how fast.
 patient = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -354,6 +354,27 @@ def test_folders_of_shards_merge_into_one_run(tmp_path: Path) -> None:
         Run.merge(tmp_path / "all", runs)
     half = Run.merge(tmp_path / "half", runs[:1])
     assert half.manifest.status == "incomplete"
+
+
+@pytest.mark.parametrize(
+    "name", ["run.json", "samples.jsonl", "thresholds.json", "images/a.webp", "images", "measures"]
+)
+@pytest.mark.parametrize("pipe", [True, False], ids=["pipe", "link"])
+def test_files_of_a_run_lie_in_it(tmp_path: Path, name: str, pipe: bool) -> None:
+    run, elsewhere = Run.open(tmp_path / "run", Manifest(asked=3)), tmp_path / "elsewhere"
+    write(run, row("a"))
+    for file in ("thresholds.json", "images/a.webp", "measures/measure.json"):
+        write_whole(run.folder / file, b"{}")
+    path = run.folder / name
+    path.rename(elsewhere)
+    if pipe and not elsewhere.is_dir():
+        os.mkfifo(path)
+    else:
+        path.symlink_to(elsewhere)
+    with pytest.raises(
+        RunError, match=r"run\.json|samples\.jsonl|thresholds\.json|images/a\.webp|measures/measure\.json"
+    ):
+        Run.merge(tmp_path / "all", [Run(run.folder)])
 
 
 def part(folder: Path, *rows: Row, **manifest: object) -> Run:

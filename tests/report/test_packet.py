@@ -362,6 +362,16 @@ def test_only_pictures_inside_the_run_are_packed(copied: Path, tmp_path: Path) -
     assert verify(packet).sound
 
 
+@pytest.mark.parametrize("name", ["thresholds-more.json", "measures"])
+def test_what_leads_out_of_the_run_is_not_packed(copied: Path, tmp_path: Path, name: str) -> None:
+    (tmp_path / "private").mkdir()
+    write_measures(tmp_path / "private", {"aa": {"result": censored(0.2)}})
+    (copied / name).symlink_to(tmp_path / "private" / ("" if name == "measures" else "measure.json"))
+    with pytest.raises(RunError, match=name):
+        pack([copied])
+    assert not list(tmp_path.rglob("*.packet.zip"))
+
+
 # Changes
 
 

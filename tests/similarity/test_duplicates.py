@@ -26,7 +26,14 @@ from mnemoscope.similarity.duplicates import (
 from mnemoscope.similarity.index import ReferenceIndex
 from mnemoscope.similarity.pixels import Pixels
 from mnemoscope.similarity.search import build_inverted, has_faiss
-from mnemoscope.similarity.storage import DescriptorRecord, IndexFolder, IndexManifest, IndexRow, IndexWriter
+from mnemoscope.similarity.storage import (
+    DescriptorRecord,
+    IndexFolder,
+    IndexManifest,
+    IndexRow,
+    IndexWriter,
+    built_inverted,
+)
 from mnemoscope.stats import clopper_pearson
 
 
@@ -142,12 +149,15 @@ def test_pictures_without_a_row_join_nobody(tmp_path):
 
 
 @pytest.mark.skipif(not has_faiss(), reason="faiss is not installed (extra [index])")
-def test_the_nearest_of_each_give_the_same_clusters_where_these_are_small(tmp_path):
+def test_the_nearest_of_each_give_the_same_clusters_where_these_are_small(tmp_path, monkeypatch):
+    monkeypatch.setattr(search, "FLAT", 1500)
     rng = np.random.default_rng(0)
     vectors = unit(rng.normal(size=(300, 16))[np.arange(1500) % 300] + 0.02 * rng.normal(size=(1500, 16)))
     index = index_of(tmp_path / "i", vectors)
-    build_inverted(index.vectors, index.inverted)
+    facts = build_inverted(index.vectors, index.inverted)
+    index.update(search=built_inverted(index.inverted, facts))
     whole, near = (find_clusters(index, 0.9, every_pair=e) for e in (True, False))
+    assert near.search.endswith("inverted file")
     assert near.search != whole.search
     assert (near.labels == whole.labels).mean() > 0.99
     assert whole.sizes.tolist() == [5] * 300

@@ -1,6 +1,7 @@
 """Reference sets on disk: the same search as in memory, whatever happens while they are built."""
 
 import errno
+import hashlib
 import json
 import os
 import shutil
@@ -285,6 +286,121 @@ def test_an_empty_index_says_so(tmp_path):
     assert len(index) == 0
     with pytest.raises(UsageError, match="holds no picture with a descriptor"):
         index.nearest(tensor(0))
+
+
+# Somebody else's index ----------------------------------------------------------------------------------------------------
+
+
+def edited(folder: Path, **manifest) -> dict:
+    """Change an index by hand, as a stranger may before sending it."""
+    path = folder / "manifest.json"
+    facts = json.loads(path.read_bytes()) | manifest
+    path.write_text(json.dumps(facts))
+    return facts
+
+
+def edit_rows(folder: Path, change) -> None:
+    rows = [change(json.loads(line)) for line in (folder / "rows.jsonl").read_bytes().splitlines()]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_an_index_from_elsewhere_answers_and_shows_no_pictures_until_their_place_is_named(pictures, tmp_path):
+    mine = build_index(pictures, tmp_path / "index", prefix="mine/")
+    assert mine.files.cautions() == []
+    sources = mine.files.manifest.sources
+    for source in (
+        {k: v for k, v in sources[0].items() if k != "mark"},
+        sources[0] | {"mark": "0" * 64},
+        sources[0] | {"path": str(tmp_path)},
+    ):
+        edited(tmp_path / "index", sources=[source])
+        index = ReferenceIndex(tmp_path / "index")
+        match = index.nearest(tensor(4))[0]
+        assert (match.reference, match.layout, index.image("mine/004.png")) == ("mine/004.png", None, None)
+        assert "mnemoscope index locate" in index.files.cautions()[0]
+    others = fill(tmp_path / "others", 3, first=100)
+    with pytest.raises(UsageError, match="holds none of the first 16 pictures"):
+        index.files.locate(others, "mine/")
+    with pytest.raises(UnknownName, match="prefix"):
+        index.files.locate(pictures)
+    moved = pictures.rename(tmp_path / "moved")
+    index.files.locate(moved, "mine/")
+    index = ReferenceIndex(tmp_path / "index")
+    assert torch.equal(index.image("mine/004.png"), tensor(4)[0])
+    assert index.files.cautions() == []
+
+
+def test_building_an_index_from_elsewhere_again_confirms_what_was_named(pictures, tmp_path):
+    build_index(pictures, tmp_path / "index")
+    edited(tmp_path / "index", sources=[{"kind": "folder", "path": str(pictures.resolve())}])
+    assert ReferenceIndex(tmp_path / "index").image("004.png") is None
+    build_index(pictures, tmp_path / "index")
+    assert ReferenceIndex(tmp_path / "index").image("004.png") is not None
+
+
+@pytest.mark.parametrize("listed", [True, False], ids=["files", "folder"])
+def test_rows_open_only_what_was_named(pictures, tmp_path, listed):
+    secret = tmp_path / "secret.png"
+    secret.write_bytes(encoded(smooth(77)))
+    index = build_index([pictures / "001.png", pictures / "002.png"] if listed else pictures, tmp_path / "index")
+    names = [row.id for row in index.files.rows()]
+    assert index.image(names[0]) is not None
+    sha256 = hashlib.sha256(secret.read_bytes()).hexdigest()
+    for at in (str(secret), "../secret.png"):
+        edit_rows(tmp_path / "index", lambda row, at=at: row | {"at": at, "sha256": sha256})
+        assert ReferenceIndex(tmp_path / "index").image(names[0]) is None
+    for source in (7, -1):
+        edit_rows(tmp_path / "index", lambda row, source=source: row | {"source": source})
+        assert ReferenceIndex(tmp_path / "index").image(names[0]) is None
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"vector": -1}, "names neither a vector nor an error"),
+        ({"vector": None}, "names neither a vector nor an error"),
+        ({"vector": "0"}, "names neither a vector nor an error"),
+        ({"vector": 10_000_000_000}, "holds 20 of 10000000001 descriptors"),
+        ({"color": "red"}, "holds a damaged row"),
+        ({"sha256": "../.."}, "holds a damaged row"),
+    ],
+)
+def test_rows_that_do_not_fit_are_one_sentence(pictures, tmp_path, change, sentence):
+    build_index(pictures, tmp_path / "index")
+    edit_rows(tmp_path / "index", lambda row: row | change if row["id"] == "001.png" else row)
+    with pytest.raises(RunError, match=sentence):
+        ReferenceIndex(tmp_path / "index").nearest(tensor(1))
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [({"dim": 0}, "is no index"), ({"dim": 64}, "of length 64"), ({"dtype": "float16"}, "in float16")],
+)
+def test_vectors_that_do_not_fit_the_manifest_are_one_sentence(pictures, tmp_path, change, sentence):
+    build_index(pictures, tmp_path / "index")
+    edited(tmp_path / "index", **change)
+    with pytest.raises(RunError, match=sentence):
+        ReferenceIndex(tmp_path / "index")
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "rows.jsonl", "vectors.bin"])
+@pytest.mark.parametrize("pipe", [True, False], ids=["pipe", "link"])
+def test_files_of_an_index_lie_in_it(pictures, tmp_path, name, pipe):
+    build_index(pictures, tmp_path / "index")
+    path, elsewhere = tmp_path / "index" / name, tmp_path / "elsewhere"
+    path.rename(elsewhere)
+    before = elsewhere.read_bytes()
+    if pipe:
+        os.mkfifo(path)
+    else:
+        path.symlink_to(elsewhere)
+    for attempt in (
+        lambda: ReferenceIndex(tmp_path / "index"),
+        lambda: build_index(fill(pictures, 1, first=50), tmp_path / "index"),
+    ):
+        with pytest.raises(RunError):
+            attempt()
+    assert elsewhere.read_bytes() == before, "nothing is written through the link"
 
 
 # What happens to a build --------------------------------------------------------------------------------------------------
@@ -601,6 +717,76 @@ def test_a_large_set_gets_an_inverted_file(tmp_path, monkeypatch):
     mine, theirs = index.nearest(tensor(*range(50))), plain.nearest(tensor(*range(50)))
     assert sum(a == b for a, b in zip(mine, theirs, strict=True)) >= 48
     assert isinstance(Pixels(), Descriptor)
+
+
+@needs_faiss
+def test_an_inverted_file_is_used_only_where_this_user_built_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(indexing, "FLAT", 300)
+    monkeypatch.setattr(search, "FLAT", 300)
+    folder, source = tmp_path / "index", fill(tmp_path / "p", 320)
+    good = build_index(source, folder, Pixels(side=4)).files
+    facts, data = good.manifest.search, good.inverted.read_bytes()
+    assert (good.usable_inverted(), good.cautions()) == (good.inverted, [])
+    assert facts["dim"] == good.manifest.dim
+    assert facts["size"] == len(data)
+
+    def opened() -> ReferenceIndex:
+        index = ReferenceIndex(folder, Pixels(side=4))
+        assert index.nearest(tensor(7))[0].reference == "007.png"
+        return index
+
+    assert opened()._search.kind == "inverted file, faiss"
+    for search_, content in (
+        (None, data),
+        (facts | {"mark": None}, data),
+        (facts | {"probed": 1}, data),
+        (facts, data[:-1] + bytes([data[-1] ^ 1])),
+        (facts, data + b"x"),
+    ):
+        edited(folder, search=search_)
+        good.inverted.write_bytes(content)
+        index = opened()
+        assert index._search.kind == "exact, numpy"
+        assert "is not used" in index.files.cautions()[0]
+    # The next build makes it again, and does not go on from the file that it does not know.
+    index = build_index(source, folder, Pixels(side=4))
+    assert index._search.kind == "inverted file, faiss"
+    assert index.files.cautions() == []
+    # Below the size from which it pays, nobody opens it.
+    monkeypatch.setattr(search, "FLAT", 400)
+    index.files.inverted.write_bytes(b"junk")
+    assert opened()._search.kind == "exact, faiss"
+
+
+@needs_faiss
+@pytest.mark.parametrize("kind", ["map", "twice", "disk", "metric", "dim", "junk"])
+def test_of_faiss_only_inverted_files_of_ours_are_searched(tmp_path, kind):
+    import faiss
+
+    vectors = clustered(3000)
+    build_inverted(vectors, tmp_path / "a.faiss")
+    index = faiss.read_index(str(tmp_path / "a.faiss"))
+    if kind == "map":
+        index = faiss.IndexIDMap(faiss.IndexFlatIP(16))
+        index.add_with_ids(vectors, np.full(3000, 5))
+    if kind == "twice":
+        index.add_with_ids(vectors[:1], np.array([7]))
+    if kind == "disk":
+        lists = faiss.OnDiskInvertedLists(index.nlist, index.code_size, str(tmp_path / "lists"))
+        lists.merge_from_1(index.invlists)
+        index.replace_invlists(lists)
+    if kind == "metric":
+        index.metric_type = faiss.METRIC_L2
+    faiss.write_index(index, str(tmp_path / "b.faiss"))
+    if kind == "junk":
+        (tmp_path / "b.faiss").write_bytes(b"junk")
+    asked = clustered(3000, 8) if kind == "dim" else np.concatenate([vectors, vectors])
+    for attempt in (
+        lambda: Searcher(asked, inverted=tmp_path / "b.faiss", use_faiss=True),
+        lambda: build_inverted(asked, tmp_path / "c.faiss", tmp_path / "b.faiss"),
+    ):
+        with pytest.raises(RunError, match="delete it, and the next build makes it again"):
+            attempt()
 
 
 def test_an_audit_takes_an_index_for_its_reference_set(pictures, tmp_path, target_of):

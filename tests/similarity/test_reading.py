@@ -2,8 +2,10 @@
 
 import contextlib
 import gc
+import hashlib
 import json
 import os
+import shutil
 import struct
 import tarfile
 import threading
@@ -475,3 +477,69 @@ def test_memory_does_not_grow_with_the_set():
         CHUNK * 3
     )  # what reading promises for one worker; each holds the file and the picture, which in BMP are of one size
     assert peak(1024) < 2 * held * len(picture) < 2 * 1024 * len(picture) / 10
+
+
+# What leads elsewhere -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def outside(tmp_path):
+    """Files of the reader, beside the folder that he was sent."""
+    fill(tmp_path / "private", 2)
+    with tarfile.open(tmp_path / "private/p.tar", "w") as t:
+        t.add(tmp_path / "private/001.png", "a.png")
+    table = pa.table({"image": [encoded(smooth(0))]})
+    pq.write_table(table, tmp_path / "private/p.parquet")
+    with pa.OSFile(str(tmp_path / "private/p.arrow"), "wb") as file, pa.ipc.new_stream(file, table.schema) as out:
+        out.write_table(table)
+    (tmp_path / "sent").mkdir()
+    return tmp_path / "private"
+
+
+def test_links_that_lead_out_of_a_folder_are_rows(outside, tmp_path):
+    sent = fill(tmp_path / "sent", 3)
+    (sent / "in.png").symlink_to("001.png")
+    (sent / "out.png").symlink_to(outside / "001.png")
+    found = {r.entry.id: r for r in everything(sent)}
+    assert (found["in.png"].reason, found["in.png"].note) == (None, "a symbolic link")
+    assert found["out.png"].reason == "link: leads out of the folder, not followed"
+    sha256 = hashlib.sha256((outside / "001.png").read_bytes()).hexdigest()
+    for name in ("out.png", "../private/001.png", str(outside / "001.png")):
+        assert picture_of(open_source(sent), name, sha256) is None
+    (tmp_path / "mine").symlink_to(sent)
+    assert len(everything(tmp_path / "mine")) == 5, "a folder that the reader names may be a link"
+
+
+@pytest.mark.parametrize("ending", ["tar", "parquet"])
+def test_shards_that_lead_out_or_are_no_files_are_rows(outside, tmp_path, ending):
+    sent = tmp_path / "sent"
+    (sent / f"a.{ending}").symlink_to(outside / f"p.{ending}")
+    os.mkfifo(sent / f"b.{ending}")
+    shutil.copy(outside / f"p.{ending}", sent / f"c.{ending}")
+    reasons = [r.reason for r in everything(sent)]
+    assert reasons[0] == "link: leads out of the folder, not followed"
+    assert "it is no regular file" in reasons[1]
+    assert reasons[2:] == [None]
+    (tmp_path / f"mine.{ending}").symlink_to(outside / f"p.{ending}")
+    assert [r.reason for r in everything(tmp_path / f"mine.{ending}")] == [None], "the reader may name a link"
+
+
+@pytest.mark.parametrize("name", ["../private/p.arrow", "{private}/p.arrow", "link.arrow", "pipe.arrow"])
+def test_a_saved_data_set_names_files_of_its_own(outside, tmp_path, name):
+    sent, facts = tmp_path / "sent", {"_data_files": [{"filename": name.format(private=outside)}]}
+    (sent / "link.arrow").symlink_to(outside / "p.arrow")
+    os.mkfifo(sent / "pipe.arrow")
+    (sent / "state.json").write_text(json.dumps(facts))
+    with pytest.raises(UsageError, match="does not list the files of a data set that lie in it"):
+        open_source(sent)
+    (sent / "state.json").rename(outside / "state.json")
+    (sent / "dataset_dict.json").write_text('{"splits": ["../private"]}')
+    with pytest.raises(UsageError, match="leads out"):
+        open_source(sent)
+
+
+@pytest.mark.parametrize("name", ["p.zip", "p.tar", "p.parquet"])
+def test_a_pipe_is_not_waited_for(tmp_path, name):
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(UsageError, match="no regular file") if name != "p.tar" else contextlib.nullcontext():
+        assert "no regular file" in everything(tmp_path / name)[0].reason

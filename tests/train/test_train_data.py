@@ -43,6 +43,17 @@ def test_a_text_file_beside_each_picture(tmp_path):
     assert [p.captions for p in read(tmp_path).pictures] == [("caption a",), ("caption b",)]
 
 
+@pytest.mark.parametrize("name", ["a.txt", "metadata.jsonl"])
+def test_captions_are_not_read_through_links_that_lead_out(tmp_path, name):
+    data, secret = tmp_path / "data", tmp_path / "secret"
+    data.mkdir()
+    picture(0).save(data / "a.png")
+    secret.write_text('{"file_name": "a.png", "text": "secret"}')
+    (data / name).symlink_to(secret)
+    with pytest.raises(UsageError, match="put the file itself there"):
+        read(data)
+
+
 def test_parquet_with_a_column_of_another_name(tmp_path):
     table = {"image": [png(0), png(1)], "says": ["one", None]}
     pq.write_table(pa.table(table), tmp_path / "set.parquet")

@@ -17,7 +17,7 @@ from ..errors import CannotAudit, UsageError
 from ..measure.base import Measure, spec_of
 from ..models.base import Target
 from ..records.store import digest, write_whole
-from .pictures import Picture, opened, size_of
+from .pictures import Picture, opened, picture_bytes, size_of
 
 __all__ = ["Screen", "Values", "compared", "require_no_captions"]
 
@@ -88,7 +88,7 @@ def compared(
     """
     require_no_captions(target, pictures)
     found: list[Values] = [{} for _ in pictures]
-    content = [hashlib.sha256(p.file.read_bytes()).hexdigest() for p in pictures] if measures else []
+    content = [hashlib.sha256(picture_bytes(p.file)).hexdigest() for p in pictures] if measures else []
     model = target.identity() if measures else {}
     for measure in measures:
         setting = {"target": model, "measure": spec_of(measure)}

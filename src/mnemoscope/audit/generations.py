@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..detect.base import AnyDetector, PictureDetector, comparing
 from ..errors import ModelFault, RunError
+from ..records.files import read_inside
 from ..records.schema import Row, Score
 from ..records.store import Run
 from ..similarity.decoding import decode
@@ -103,7 +104,7 @@ def _picture(run: Run, image: str | None) -> Float[Tensor, "3 height width"]:
     """A picture that the run has kept, in [0, 1]."""
     path = run.folder / str(image)
     try:
-        found = decode(path.read_bytes())
+        found = decode(read_inside(run.folder, str(image)))
     except OSError as e:
         raise RunError(
             f"{path} is needed to compare generations and cannot be read ({e.strerror or e}); restore it."

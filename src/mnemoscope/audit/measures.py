@@ -12,11 +12,13 @@ from typing import Any
 
 from safetensors.torch import save as save_tensors
 
+from ..errors import RunError
 from ..measure.base import Measure, spec_of
 from ..measure.invmm import Course, InvMM, Stored
+from ..records.files import read_inside
 from ..records.store import digest, write_whole
 from .companions import Screen, Values, compared, require_no_captions
-from .pictures import Picture, opened, picture_lines, pictures_in, size_of
+from .pictures import Picture, opened, picture_bytes, picture_lines, pictures_in, size_of
 from .shown import begin, keep_pictures
 
 __all__ = ["Measured", "Picture", "measured", "picture_lines", "pictures_in", "size_of"]
@@ -91,7 +93,7 @@ def measured(
         "target": method.target.identity(), "preset": asdict(method.preset), "descriptor": method.descriptor.identity(),
         "beta": method.beta,
     }  # fmt: skip
-    ids = [digest([hashlib.sha256(p.file.read_bytes()).hexdigest(), p.caption, setting]) for p in pictures]
+    ids = [digest([hashlib.sha256(picture_bytes(p.file)).hexdigest(), p.caption, setting]) for p in pictures]
     begin(method, setting, ids, out, command)
     cheap = {m.name: m for m in [*companions, *([screen.measure] if screen else [])]}
     values = compared(list(cheap.values()), method.target, pictures, out, batch_size=batch_size, progress=compare)
@@ -192,7 +194,10 @@ def _write(folder: Path, m: Measured) -> None:
 
 
 def _read(file: Path) -> Measured | None:
-    if not file.exists():
+    try:
+        facts = json.loads(read_inside(file.parent, file.name))
+    except FileNotFoundError:
         return None
-    facts = json.loads(file.read_bytes())
+    except OSError as e:
+        raise RunError(f"{file} cannot be read ({e.strerror or e}); delete it, and it is measured again.") from None
     return Measured(**facts | {"result": facts["result"] or {}})

@@ -16,9 +16,10 @@ from torch import Tensor
 
 from ..errors import UsageError
 from ..models.base import Target
+from ..records.files import leads_out, read_regular
 from ..similarity.decoding import decode
 
-__all__ = ["Picture", "opened", "picture_lines", "pictures_in", "size_of"]
+__all__ = ["Picture", "opened", "picture_bytes", "picture_lines", "pictures_in", "size_of"]
 
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
 
@@ -41,7 +42,12 @@ def pictures_in(names: Sequence[Path], captions: Path | None = None) -> list[Pic
     files: list[Path] = []
     for name in names:
         if name.is_dir():
-            files += sorted(p for p in name.rglob("*") if p.suffix.lower() in SUFFIXES)
+            below = sorted(p for p in name.rglob("*") if p.suffix.lower() in SUFFIXES)
+            if (link := next((p for p in below if p.is_symlink() and leads_out(name, p)), None)) is not None:
+                raise UsageError(
+                    f"{link} is a link that leads out of {name}, and is not followed; take it out, or name the picture itself."
+                )
+            files += below
         elif name.is_file():
             files.append(name)
         else:
@@ -96,6 +102,18 @@ def size_of(target: Target) -> tuple[int, int]:
     return height * factor, width * factor
 
 
+def picture_bytes(file: Path) -> bytes:
+    """What a picture file holds.
+
+    Raises:
+        UsageError: it cannot be read, or is no regular file.
+    """
+    try:
+        return read_regular(file)
+    except OSError as e:
+        raise UsageError(f"{file} cannot be read ({e.strerror or e}); take it out.") from None
+
+
 def opened(files: Sequence[Path], size: tuple[int, int]) -> Float[Tensor, "batch 3 height width"]:
     """Pictures in [0, 1]: upright, RGB, the middle of them at that (height, width), as trainers cut them.
 
@@ -105,10 +123,7 @@ def opened(files: Sequence[Path], size: tuple[int, int]) -> Float[Tensor, "batch
     height, width = size
     shown = []
     for file in files:
-        try:
-            found = decode(file.read_bytes())
-        except OSError as e:
-            raise UsageError(f"{file} cannot be read ({e.strerror or e}).") from None
+        found = decode(picture_bytes(file))
         if found.picture is None:
             raise UsageError(f"{file} is no picture that can be used ({found.reason}); take it out or convert it.")
         cut = ImageOps.fit(found.picture, (width, height), Image.Resampling.LANCZOS)

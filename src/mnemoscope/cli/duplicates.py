@@ -69,6 +69,8 @@ def duplicates(
     with screen.stoppable(), quiet_pillow():
         if given:
             index = IndexFolder(images)
+            for caution in index.cautions():
+                screen.say(caution)
         else:
             more: dict[str, Any] = {"column": column, "id_column": id_column, "workers": workers}
             index = build_index(images, out / "index", descriptor, descriptor_option, **more).files

@@ -106,6 +106,8 @@ def query(
 
     with screen.stoppable(), quiet_pillow():
         index = ReferenceIndex(folder)
+        for caution in index.files.cautions():
+            screen.say(caution)
         answers = [answer for source in _together(pictures) for answer in index.query(source, k, workers=workers)]
     if as_json:
         kept = ("reference", "similarity", "copy_found")
@@ -139,6 +141,25 @@ def info(folder: Folder, as_json: AsJson = False) -> None:
     from ..similarity.storage import IndexFolder
 
     show_index(IndexFolder(folder), as_json=as_json)
+
+
+@index_app.command("locate")
+def locate(
+    folder: Folder,
+    pictures: Annotated[Path, typer.Argument(help="Folder, archive or table of the pictures that were indexed.")],
+    prefix: Annotated[str, _option("What stands before their ids, of an index with several sources.")] = "",
+) -> None:
+    """Say where the pictures of an index are: of one that somebody else built, or whose pictures were moved.
+
+    An index is a folder of data and may name any file, so only places that you have named are opened: when you built it, or here.
+
+    Example: mnemoscope index locate references pictures
+    """
+    from ..similarity.storage import IndexFolder
+
+    with screen.stoppable(), quiet_pillow():
+        IndexFolder(folder).locate(pictures, prefix)
+    screen.say(f"The pictures of {folder} are shown from {pictures}.")
 
 
 # What commands share ------------------------------------------------------------------------------------------------------
@@ -208,13 +229,13 @@ def show_index(files: IndexFolder, *, as_json: bool) -> None:
         *(["source", str(s.get("path", s["kind"]))] for s in m.sources),
     ]
     screen.table(["what", "found"], rows, wrap=True)
-    for note in m.notes:
+    for note in [*m.notes, *files.cautions()]:
         screen.say(note)
 
 
 def _search(files: IndexFolder) -> str:
     facts = files.manifest.search
-    if facts is None or not files.inverted.is_file():
+    if facts is None or files.usable_inverted() is None:
         return "exact"
     found, of = facts["recall"]
     return f"{facts['kind']}, {found} of {of} nearest found"

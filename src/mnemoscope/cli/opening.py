@@ -27,7 +27,12 @@ def reference_set(folder: str | Path | None, model: str | None) -> Any:
         path = Path(folder)
         named = path.is_dir() and not (path / MANIFEST).exists()
         few = _few_pictures(path) if named else None
-        return ReferenceIndex(path) if few is None else few
+        if few is not None:
+            return few
+        index = ReferenceIndex(path)
+        for caution in index.files.cautions():
+            screen.say(caution)
+        return index
     from ..demo.world import World
 
     return World().reference if model == "demo" else None

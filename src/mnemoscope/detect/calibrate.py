@@ -26,6 +26,7 @@ from pydantic import ValidationError
 from .. import stats
 from ..errors import UnknownName, UsageError
 from ..models.identity import PROVENANCE, plain
+from ..records.files import read_inside
 from ..records.schema import FORMAT, Thresholds
 from ..records.store import differences, write_whole
 from .base import AnyDetector
@@ -201,12 +202,13 @@ class Calibration:
             UsageError: there is none, it is damaged, or its threshold does not follow from its scores.
         """
         path = Path(path)
-        if path.is_dir():
-            if not (path / "thresholds.json").is_file():
-                raise UsageError(f"{path} holds no thresholds.json; write one with `mnemoscope calibrate`.")
-            path /= "thresholds.json"
+        folder = path if path.is_dir() else None
+        if folder is not None:
+            path = folder / "thresholds.json"
+            if not path.is_file():
+                raise UsageError(f"{folder} holds no thresholds.json; write one with `mnemoscope calibrate`.")
         try:
-            content = json.loads(path.read_bytes())
+            content = json.loads(path.read_bytes() if folder is None else read_inside(folder, path.name))
             # First, because a newer file may well have other keys.
             if isinstance(content, dict) and content.get("format", FORMAT) != FORMAT:
                 raise UsageError(

@@ -12,7 +12,6 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ import torch
 from torch import nn
 
 from ..errors import CannotAudit
+from ..records.files import hash_file
 
 PICKLES = frozenset({".ckpt", ".pt", ".pth", ".bin", ".pkl"})
 """Suffixes of checkpoints that run code when they are opened."""
@@ -75,22 +75,6 @@ def vocabulary(tokenizer: Any) -> str:
     """sha256 of a tokenizer's tokens and their numbers."""
     words = "".join(f"{i} {token}\n" for token, i in sorted(tokenizer.get_vocab().items()))
     return hash_bytes(words.encode("utf-8", "surrogatepass"))
-
-
-def hash_file(path: Path) -> str:
-    """sha256 of a file, the one the hub shows for it. Read once per process as long as size and time stand still."""
-    path = path.resolve()
-    stat = path.stat()
-    return _hash_file(path, stat.st_size, stat.st_mtime_ns)
-
-
-@lru_cache(maxsize=1024)
-def _hash_file(path: Path, size: int, mtime_ns: int) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def hash_tensors(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:

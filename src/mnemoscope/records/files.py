@@ -7,12 +7,25 @@ ever, and reading a device has effects. Everything that refuses does so with an 
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import stat
+from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import BinaryIO
 
-__all__ = ["file_inside", "leads_out", "open_regular", "read_inside", "read_regular"]
+__all__ = [
+    "file_inside",
+    "files_below",
+    "hash_file",
+    "is_file_inside",
+    "leads_out",
+    "open_inside",
+    "open_regular",
+    "read_inside",
+    "read_regular",
+]
 
 _WITHOUT_WAITING = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0) | getattr(os, "O_BINARY", 0)
 
@@ -75,6 +88,24 @@ def file_inside(folder: str | Path, name: str) -> Path:
     return path
 
 
+def is_file_inside(folder: str | Path, name: str) -> bool:
+    """Whether there is a regular file of that name in a folder, which no link leads out of."""
+    try:
+        file_inside(folder, name)
+    except OSError:
+        return False
+    return True
+
+
+def open_inside(folder: str | Path, name: str) -> BinaryIO:
+    """Open for reading the file that a document in ``folder`` names.
+
+    Raises:
+        OSError: as for :func:`file_inside` and :func:`open_regular`.
+    """
+    return open_regular(file_inside(folder, name))
+
+
 def read_inside(folder: str | Path, name: str, limit: int | None = None) -> bytes:
     """The bytes of the file that a document in ``folder`` names.
 
@@ -82,3 +113,39 @@ def read_inside(folder: str | Path, name: str, limit: int | None = None) -> byte
         OSError: as for :func:`file_inside` and :func:`read_regular`.
     """
     return read_regular(file_inside(folder, name), limit)
+
+
+def files_below(folder: str | Path, name: str) -> Iterator[tuple[str, Path]]:
+    """Every file below a folder that lies in ``folder``: its path relative to ``folder``, and the file itself, for copying.
+
+    Args:
+        folder: What nothing may lead out of.
+        name: A folder in it. Links to folders are not followed.
+
+    Raises:
+        OSError: something below it leads out, is a link to a folder, or is no regular file; ``filename`` is its relative path.
+    """
+    for place, folders, names in os.walk(Path(folder) / name):
+        links = [one for one in folders if (Path(place) / one).is_symlink()]
+        for one in sorted([*names, *links]):
+            relative = (Path(place) / one).relative_to(folder).as_posix()
+            yield relative, file_inside(folder, relative)
+
+
+def hash_file(path: Path) -> str:
+    """SHA-256 of a regular file, in hexadecimal digits. Read once per process as long as the file stands still.
+
+    Raises:
+        OSError: as for :func:`open_regular`.
+    """
+    facts = path.stat()
+    return _hash_file(path.resolve(), (facts.st_dev, facts.st_ino, facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns))
+
+
+@lru_cache(maxsize=1024)
+def _hash_file(path: Path, stamp: tuple[int, ...]) -> str:
+    digest = hashlib.sha256()
+    with open_regular(path) as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()

@@ -22,8 +22,9 @@ from typing import Annotated, Any, Literal, TypeAlias
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from ..errors import RunError
+from .files import file_inside, is_file_inside, leads_out
 from .schema import FORMAT
-from .store import differences, read_document, write_whole
+from .store import MEASURES, differences, read_document, write_whole
 
 __all__ = [
     "DRAWS",
@@ -37,6 +38,7 @@ __all__ = [
     "is_measures",
     "keep_levels",
     "kept_files",
+    "measured_with",
     "read_request",
     "target_file",
 ]
@@ -74,6 +76,20 @@ def draw_file(name: str, number: int) -> str:
 def is_measures(folder: str | Path) -> bool:
     """Whether a folder holds measured pictures, and no audit."""
     return (Path(folder) / NAME).is_file() and not (Path(folder) / "run.json").is_file()
+
+
+def measured_with(run: str | Path) -> Path | None:
+    """The folder of the pictures that were measured with a run; None: none were.
+
+    Raises:
+        RunError: it is a link that leads out of the run folder.
+    """
+    folder = Path(run) / MEASURES
+    if not (folder / NAME).is_file():
+        return None
+    if leads_out(run, folder):
+        raise RunError(f"{folder} is a link that leads out of the run folder; take it out, or put the folder there.")
+    return folder
 
 
 class _Stored(BaseModel):
@@ -241,9 +257,11 @@ class Measures:
         folder = Path(folder)
         request = read_request(folder)
         if request.asked is None:
-            return cls.of(folder, request, (_entry(file) for file in sorted((folder / "pictures").glob("*.json"))))
-        files = [folder / "pictures" / f"{name}.json" for name in request.asked]
-        return cls.of(folder, request, (_entry(file) for file in files if file.is_file()))
+            files = sorted((folder / "pictures").glob("*.json"))
+        else:
+            every = (folder / "pictures" / f"{name}.json" for name in request.asked)
+            files = [file for file in every if file.exists()]
+        return cls.of(folder, request, (_entry(folder, file) for file in files))
 
     @classmethod
     def of(cls, folder: Path, request: Request, entries: Iterable[Entry]) -> Measures:
@@ -258,12 +276,15 @@ class Measures:
 
     def _inside(self, named: str) -> Path:
         """A file that ``measure.json`` names: whoever wrote it may not name what lies elsewhere."""
-        path = (self.folder / named).resolve()
-        if not path.is_relative_to(self.folder.resolve()) or (path.exists() and not path.is_file()):
+        try:
+            return file_inside(self.folder, named)
+        except FileNotFoundError as e:
+            path = self.folder / named
+            raise RunError(f"{path}, which holds scores of known dose, is missing; restore it, or leave it out.") from e
+        except OSError as e:
             raise RunError(
                 f"{self.folder / NAME} names scores of known dose outside of its folder ({named}); keep the file in {self.folder}."
-            )
-        return path
+            ) from e
 
     def count(self, status: Status) -> int:
         """How many pictures became that."""
@@ -323,31 +344,29 @@ def kept_files(folder: str | Path) -> tuple[list[str], list[str]]:
     records, others = [NAME], []
     if isinstance(named := found.request.levels, str):
         path = found._inside(named)
-        if not path.is_file():
-            raise RunError(f"{path}, which holds scores of known dose, is missing; restore it, or leave it out.")
         records.append(path.relative_to(folder.resolve()).as_posix())
     for e in found.entries:
         records.append(f"pictures/{e.id}.json")
         # From the noise that was found a model makes the picture again.
         others += [f"pictures/{e.id}.safetensors", target_file(e.id), *(draw_file(e.id, k) for k in range(DRAWS))]
-    return records, [f for f in others if (folder / f).is_file()]
+    return records, [f for f in others if is_file_inside(folder, f)]
 
 
 def read_request(folder: str | Path) -> Request:
     """What a folder of measured pictures was asked for; errors as :meth:`Measures.read`."""
     missing = f"{folder} holds no {NAME}; give the folder that `mnemoscope measure` wrote."
-    return _request(Path(folder) / NAME, missing)
+    return _request(Path(folder) / NAME, missing, Path(folder))
 
 
-def _request(path: Path, missing: str) -> Request:
+def _request(path: Path, missing: str, folder: Path | None = None) -> Request:
     cure = "delete it, and repeat the command"
-    return read_document(path, Request, FORMAT, missing, "no record of measured pictures", cure)
+    return read_document(path, Request, FORMAT, missing, "no record of measured pictures", cure, folder=folder)
 
 
-def _entry(path: Path) -> Entry:
+def _entry(folder: Path, path: Path) -> Entry:
     gone = f"{path} is missing; the same `mnemoscope measure` measures this picture again."
     cure = "delete it, and the same `mnemoscope measure` measures this picture again"
-    return read_document(path, Entry, FORMAT, gone, "no result of a picture", cure)
+    return read_document(path, Entry, FORMAT, gone, "no result of a picture", cure, folder=folder)
 
 
 def _descending(levels: dict[int, list[float | None]]) -> dict[int, list[float | None]]:

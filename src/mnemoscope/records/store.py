@@ -22,12 +22,13 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 
 from filelock import FileLock, Timeout
 from pydantic import BaseModel, ValidationError
 
 from ..errors import RunError
+from .files import files_below, open_inside, read_inside
 from .schema import FORMAT, Manifest, Row
 
 if TYPE_CHECKING:
@@ -187,9 +188,8 @@ class Run:
 
     def _read_manifest(self) -> Manifest:
         missing = f"{self.folder} holds no run (no run.json); give the folder that an audit wrote."
-        return read_document(
-            self.folder / "run.json", Manifest, FORMAT, missing, "not a manifest", "start over in a new folder"
-        )
+        path, cure = self.folder / "run.json", "start over in a new folder"
+        return read_document(path, Manifest, FORMAT, missing, "not a manifest", cure, folder=self.folder)
 
     # The rows -------------------------------------------------------------------------------------------------------------
 
@@ -337,14 +337,12 @@ class Run:
                 winners = run._winners()
                 while lines := list(islice(winners, TOGETHER)):
                     out.append_lines(b"".join(line.raw for line in lines))
-            if images and (run.folder / "images").is_dir():
-                with explained(merged.folder):
-                    shutil.copytree(run.folder / "images", merged.folder / "images", dirs_exist_ok=True)
+            if images:
+                _copy(run.folder, "images", merged.folder)
         tally, notes = merged.tally(), list(merged.manifest.notes)
         measured = [run.folder / MEASURES for run in runs if (run.folder / MEASURES / "measure.json").is_file()]
         if images and len(measured) == 1:
-            with explained(merged.folder):
-                shutil.copytree(measured[0], merged.folder / MEASURES)
+            _copy(measured[0].parent, MEASURES, merged.folder)
         elif len(measured) > 1:
             where = ", ".join(folder.parent.resolve().name for folder in measured)
             notes.append(f"Several parts have measured pictures ({where}); they were left where they are.")
@@ -483,7 +481,7 @@ def sound_lines(path: Path) -> Iterator[_Line]:
     """The lines of a file. Damage is forgiven where nothing follows it, because that is what a kill leaves behind."""
     damage: RunError | None = None
     end = 0
-    with path.open("rb") as file:
+    with _opened(path) as file:
         for number, raw in enumerate(file, 1):
             if damage is not None:
                 raise damage
@@ -497,6 +495,14 @@ def sound_lines(path: Path) -> Iterator[_Line]:
                 yield _Line(path, number, raw, head, end)
             else:
                 damage = _damaged(path, number, "it does not parse")
+
+
+def _opened(path: Path) -> BinaryIO:
+    """A file of a run or an index, for reading."""
+    try:
+        return open_inside(path.parent, path.name)
+    except OSError as e:
+        raise RunError(f"{path} cannot be read ({e.strerror or e}); restore it, or start over in a new folder.") from e
 
 
 def _encoded(row: Row) -> bytes:
@@ -514,7 +520,7 @@ def _row(line: _Line, content: Mapping[str, Any] | None = None) -> Row:
     try:
         return Row.model_validate_json(line.raw) if content is None else Row.model_validate(content)
     except ValidationError as e:
-        raise _damaged(line.path, line.number, _first(e)) from e
+        raise _damaged(line.path, line.number, first_error(e)) from e
 
 
 def _damaged(path: Path, number: int, why: str) -> RunError:
@@ -579,8 +585,24 @@ def _common_files(runs: Sequence[Run]) -> dict[str, bytes]:
 
 
 def _content(path: Path) -> bytes | None:
-    with explained(path.parent):
-        return path.read_bytes() if path.exists() else None
+    try:
+        return read_inside(path.parent, path.name)
+    except FileNotFoundError:
+        return None
+    except OSError as e:
+        raise RunError(f"{path} cannot be read ({e.strerror or e}); restore it, or take it out.") from e
+
+
+def _copy(folder: Path, name: str, into: Path) -> None:
+    """Copy a folder of one run into another, if there is one."""
+    try:
+        files = list(files_below(folder, name))
+    except OSError as e:
+        raise RunError(f"{e.filename} in {folder} cannot be copied ({e.strerror or e}); take it out.") from e
+    with explained(into):
+        for relative, file in files:
+            (into / relative).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(file, into / relative)
 
 
 def _difference(one: bytes, other: bytes) -> str:
@@ -679,7 +701,9 @@ def _pretty(manifest: Manifest) -> bytes:
 _Document = TypeVar("_Document", bound=BaseModel)
 
 
-def read_document(path: Path, kind: type[_Document], newest: int, missing: str, wrong: str, cure: str) -> _Document:
+def read_document(
+    path: Path, kind: type[_Document], newest: int, missing: str, wrong: str, cure: str, *, folder: Path | None = None
+) -> _Document:
     """A JSON document that says how a folder is to be read.
 
     Args:
@@ -689,16 +713,19 @@ def read_document(path: Path, kind: type[_Document], newest: int, missing: str, 
         missing: The sentence where there is no such file.
         wrong: What to call a file that holds something else.
         cure: What to do, besides restoring it.
+        folder: What it must lie in, links followed; None: whoever runs this named the file, and it may be any.
 
     Raises:
-        RunError: it is missing, cannot be read, is of a later format, or holds something else.
+        RunError: it is missing, leads out of the folder, cannot be read, is of a later format, or holds something else.
     """
     try:
-        content = json.loads(path.read_bytes())
+        data = path.read_bytes() if folder is None else read_inside(folder, path.relative_to(folder).as_posix())
+        content = json.loads(data)
     except (FileNotFoundError, NotADirectoryError):
         raise RunError(missing) from None
     except (OSError, ValueError, RecursionError) as e:
-        raise RunError(f"{path} cannot be read ({e}); restore it, or {cure}.") from e
+        why = e.strerror if isinstance(e, OSError) else None
+        raise RunError(f"{path} cannot be read ({why or e}); restore it, or {cure}.") from e
     if isinstance(content, dict) and isinstance(content.get("format"), int) and content["format"] > newest:
         raise RunError(
             f"{path} has format {content['format']}, and this version reads up to {newest}; update mnemoscope."
@@ -706,10 +733,11 @@ def read_document(path: Path, kind: type[_Document], newest: int, missing: str, 
     try:
         return kind.model_validate(content)
     except ValidationError as e:
-        raise RunError(f"{path} is {wrong} ({_first(e)}); restore it, or {cure}.") from e
+        raise RunError(f"{path} is {wrong} ({first_error(e)}); restore it, or {cure}.") from e
 
 
-def _first(error: ValidationError) -> str:
+def first_error(error: ValidationError) -> str:
+    """The first thing that is wrong with a document, in words."""
     found = error.errors(include_url=False)[0]
     return f"{'.'.join(map(str, found['loc'])) or 'content'}: {found['msg']}"
 

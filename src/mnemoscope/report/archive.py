@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from ..errors import RunError
+from ..records.files import open_inside
 
 __all__ = ["SUMS", "Archive", "add", "parse_sums", "pieces_of", "plain", "sha256_file", "sha256_of", "write_sums"]
 
@@ -61,9 +62,9 @@ def plain(name: str) -> bool:
 
 
 def pieces_of(path: Path) -> Iterator[bytes]:
-    """What a file on disk holds, in pieces; raises RunError where it cannot be read."""
+    """What a file of a folder holds, in pieces; raises RunError where it cannot be read, or is a link that leads out of the folder."""
     try:
-        with path.open("rb") as file:
+        with open_inside(path.parent, path.name) as file:
             while piece := file.read(PIECE):
                 yield piece
     except OSError as e:

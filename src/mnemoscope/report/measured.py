@@ -13,7 +13,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from ..records.measures import DRAWS, NAME, Entry, Levels, Measures, draw_file, target_file
+from ..records.measures import DRAWS, Entry, Levels, Measures, draw_file, measured_with, target_file
 from ..records.store import MEASURES
 from .findings import Finding, Share
 from .pictures import Picture, Pictures
@@ -358,8 +358,8 @@ def beside_run(run: Path) -> Measures | None:
     Raises:
         RunError: the measures are damaged.
     """
-    folder = run / MEASURES
-    return Measures.read(folder) if (folder / NAME).is_file() else None
+    folder = measured_with(run)
+    return None if folder is None else Measures.read(folder)
 
 
 def beside(run: Path, findings: Sequence[Finding], axis: str, *, pictures: bool = True) -> Beside | None:

@@ -29,7 +29,8 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from ..errors import RunError, UsageError
-from ..records.measures import NAME, Entry, Measures, Request, kept_files
+from ..records.files import file_inside
+from ..records.measures import NAME, Entry, Measures, Request, kept_files, measured_with
 from ..records.schema import FORMAT as MEASURES_FORMAT
 from ..records.schema import Manifest, Nearest, Row, Thresholds
 from ..records.store import JUDGED_BY, MEASURES, Run, explained, whole
@@ -490,8 +491,10 @@ def inside(folder: Path, name: str) -> Path | None:
     """The file of that name in a folder of the run folder; None: there is none, or its name leads out."""
     if not plain(name) or "/" not in name:  # next to the records only these themselves
         return None
-    file = (folder / name).resolve()
-    return file if file.is_relative_to(folder.resolve()) and file.is_file() else None
+    try:
+        return file_inside(folder, name)
+    except OSError:
+        return None
 
 
 def _described(pictures: Mapping[str, Path | None], images: bool) -> dict[str, Any]:
@@ -509,7 +512,7 @@ def _kept_measures(given: Sequence[Path]) -> tuple[dict[str, Path], dict[str, Pa
     Raises:
         UsageError: several of the folders hold measured pictures.
     """
-    found = [folder / MEASURES for folder in given if (folder / MEASURES / NAME).is_file()]
+    found = [measured for folder in given if (measured := measured_with(folder)) is not None]
     if len(found) > 1:
         raise UsageError(
             f"{found[0]} and {found[1]} both hold measured pictures, and a packet has one such folder; measure all of them with --out "

@@ -17,6 +17,7 @@ import numpy as np
 from pydantic import ValidationError
 
 from ..errors import RunError, UsageError
+from ..records.files import read_inside
 from ..records.schema import Manifest, Row, Thresholds
 from ..records.store import Run
 from ..records.table import prompt_scores
@@ -486,11 +487,12 @@ def finite(value: Any) -> Any:
 
 def read_part(path: Path, read: Callable[[bytes], Any]) -> Any:
     """What a file of the run holds, or None where there is no such file."""
-    if not path.exists():
-        return None
     try:
-        return read(path.read_bytes())
+        return read(read_inside(path.parent, path.name))
+    except FileNotFoundError:
+        return None
     except (OSError, ValueError, ValidationError) as e:
+        why = e.strerror if isinstance(e, OSError) else None
         raise RunError(
-            f"{path} cannot be read ({str(e).splitlines()[0]}); restore it, or delete it to go without."
+            f"{path} cannot be read ({why or str(e).splitlines()[0]}); restore it, or delete it to go without."
         ) from e

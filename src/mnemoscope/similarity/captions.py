@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 from .. import plugins
 from ..errors import UsageError
-from ..models.identity import hash_file, hash_tensors
+from ..models.identity import hash_tensors
+from ..records.files import hash_file
 from ..types import PerSample
 from .base import Pictures
 from .fingerprint import ASSETS, FingerprintNetwork, resized, with_weights

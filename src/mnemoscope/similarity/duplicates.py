@@ -29,7 +29,7 @@ from ..records.schema import Row
 from ..records.store import write_whole
 from ..records.table import prompt_scores
 from ..stats import Interval, clopper_pearson
-from .search import CELLS, FLAT, Searcher
+from .search import CELLS, Searcher
 from .storage import IndexFolder
 
 __all__ = [
@@ -136,7 +136,7 @@ def find_clusters(
         index: Where the vectors are.
         threshold: Similarity above which two pictures are joined, in (−1, 1).
         every_pair: Compare every picture with every other (exact; n²/2 similarities), instead of with its 64 nearest. Default:
-            below 100,000 pictures, or where no inverted file has been built.
+            below 100,000 pictures, or where this user has built no inverted file.
         progress: Called with pictures done and asked.
 
     Raises:
@@ -146,7 +146,7 @@ def find_clusters(
         raise UsageError(f"threshold = {threshold:g} joins all pictures or none; similarities lie between -1 and 1.")
     vectors, numbers = index.vectors, np.flatnonzero(index.alive)
     if every_pair is None:
-        every_pair = len(vectors) < FLAT or not index.inverted.is_file()
+        every_pair = index.usable_inverted() is None
     blocks = _every_pair(index, threshold) if every_pair else _nearest_pairs(index, threshold)
     identical = _same_bytes(index)
     joined, pending = identical, 0
@@ -159,7 +159,8 @@ def find_clusters(
         if progress is not None:
             progress(done, len(vectors))
     labels = _components(np.concatenate([joined, *waiting]), len(vectors))[index.alive]
-    words = "every pair" if every_pair else f"the {NEIGHBORS} nearest of each, inverted file"
+    how = "exact" if index.usable_inverted() is None else "inverted file"
+    words = "every pair" if every_pair else f"the {NEIGHBORS} nearest of each, {how}"
     return Clusters(numbers, _largest_first(labels), threshold, words, len(identical))
 
 
@@ -175,7 +176,7 @@ def _every_pair(index: IndexFolder, threshold: float) -> Iterator[tuple[int, Pai
 
 def _nearest_pairs(index: IndexFolder, threshold: float) -> Iterator[tuple[int, Pairs]]:
     vectors, step = index.vectors, 1024
-    search = Searcher(vectors, index.alive, index.inverted)
+    search = Searcher(vectors, index.alive, index.usable_inverted())
     for i in range(0, len(vectors), step):
         found = search.top(np.asarray(vectors[i : i + step], np.float32), NEIGHBORS + 1)
         a, b = np.nonzero(found.similarity > threshold)

@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..errors import UsageError
-from ..models.identity import hash_file
+from ..records.files import hash_file
 from .base import Pictures, Vectors, as_tensor
 
 __all__ = ["SIDE", "Fingerprint", "FingerprintNetwork", "resized", "with_weights"]

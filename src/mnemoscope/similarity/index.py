@@ -25,7 +25,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..errors import ModelFault, RunError, UsageError
-from ..models.identity import hash_file
+from ..records.files import hash_file
 from ..records.store import differences, explained, whole
 from ..stats import least_ordinary, threshold_at_fpr
 from .base import DEFAULT, Descriptor, Match, Pictures, build, build_from_document, matched
@@ -42,6 +42,9 @@ from .storage import (
     IndexRow,
     IndexWriter,
     Ledger,
+    built_inverted,
+    named_file,
+    named_source,
 )
 
 __all__ = ["Answer", "Progress", "ReferenceIndex"]
@@ -115,7 +118,7 @@ class ReferenceIndex:
         record = self.files.manifest.descriptor
         self.descriptor = _remade(record, self.files.folder) if descriptor is None else descriptor
         _require_same(record, self.descriptor, self.files.folder)
-        self._search = Searcher(self.files.vectors, self.files.alive, self.files.inverted, use_faiss)
+        self._search = Searcher(self.files.vectors, self.files.alive, self.files.usable_inverted(), use_faiss)
         self._numbers: dict[str, int] = {}
         self._layouts = Layouts(self.image)
 
@@ -255,9 +258,14 @@ class ReferenceIndex:
                 yield from with_layouts(found, self._layouts.best(small, found), None)
 
     def image(self, reference: str) -> Float[Tensor, "3 height width"] | None:
-        """The reference picture of that id in [0, 1], at most 512 px long; None: it is gone, or its file has changed."""
+        """The reference picture of that id in [0, 1], at most 512 px long.
+
+        None: it could not be read, is gone, its file has changed, or this user has not named the place where it is said to be.
+        """
         number = self._numbers.get(reference)
         row = self.files.find(reference) if number is None else self.files.row(number)
+        if row is None and reference in self.files.contents.skipped:
+            return None
         if row is None:
             raise UsageError(f"{self.files.folder} has no picture {reference!r}.")
         picture = self.files.picture(row)
@@ -344,6 +352,7 @@ class _Session:
         self.files, self.writer, self.descriptor, self.source = files, writer, descriptor, source
         self.prefix, self.batch, self.progress = prefix, batch, progress
         self.number = _register(files, source, prefix)
+        self.single = files.manifest.sources[self.number]["kind"] == "files"
         self.asked = source.count() if progress is not None else None
         self.began = self._committed = time.perf_counter()
         self.known = self.fresh_done = self.errors = 0
@@ -418,6 +427,7 @@ class _Session:
             height=r.height,
             note=r.note,
             error=None if reason is None else _plain(reason),
+            mark=named_file(r.entry.at or r.entry.id, r.sha256) if self.single and r.sha256 is not None else None,
         )
 
     def commit(self) -> None:
@@ -454,13 +464,14 @@ class _Session:
             The index, opened anew.
         """
         files = IndexFolder(self.files.folder)
-        if not self.appended and files.manifest.status == "done":
+        large = has_faiss() and len(files.vectors) >= FLAT
+        if not self.appended and files.manifest.status == "done" and not (large and files.usable_inverted() is None):
             return files
         grown = len(files) != files.manifest.pictures
         changes: dict[str, Any] = {"notes": self._notes(grown)}
         if grown:
             changes |= {"threshold": None, "layout_threshold": None, "calibration": None}
-        if has_faiss() and len(files.vectors) >= FLAT:
+        if large:
             changes["search"] = _inverted(files)
         names = [name for name in (ROWS, VECTORS) if (files.folder / name).is_file()]
         files.update(
@@ -532,9 +543,13 @@ def _remade(record: DescriptorRecord, folder: Path) -> Descriptor:
 
 def _register(files: IndexFolder, source: Source, prefix: str) -> int:
     """The source's number in this index."""
-    record, known = source.describe() | ({"prefix": prefix} if prefix else {}), files.manifest.sources
-    if record in known:
-        return known.index(record)
+    record, known = named_source(source, prefix), files.manifest.sources
+    if (
+        number := next((i for i, other in enumerate(known) if _unmarked(other) == _unmarked(record)), None)
+    ) is not None:
+        if known[number] != record:  # the user names what somebody else named before
+            files.update(sources=[*known[:number], record, *known[number + 1 :]])
+        return number
     other = next((s for s in known if s.get("prefix", "") == prefix), None)
     if other is not None:
         raise UsageError(
@@ -546,11 +561,16 @@ def _register(files: IndexFolder, source: Source, prefix: str) -> int:
     return len(known)
 
 
+def _unmarked(record: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in record.items() if k != "mark"}
+
+
 def _inverted(files: IndexFolder) -> dict[str, Any]:
     """Build or extend the inverted file; what it is, for the manifest."""
     try:
         with explained(files.folder), whole(files.inverted) as half:
-            return build_inverted(files.vectors, Path(half), files.inverted)
+            facts = build_inverted(files.vectors, Path(half), files.usable_inverted())
+            return built_inverted(Path(half), facts)
     except RuntimeError as e:  # faiss' word for a disk that is full
         raise RunError(f"{files.inverted} cannot be written ({str(e)[:160]}); the rest of the index is sound.") from e
 

@@ -11,7 +11,6 @@ import hashlib
 import json
 import lzma
 import os
-import stat
 import tarfile
 import zipfile
 import zlib
@@ -19,15 +18,17 @@ from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, runtime_checkable
+from typing import TYPE_CHECKING, Any, BinaryIO, Protocol, TypeAlias, runtime_checkable
 
 from PIL import Image
 
 from ..errors import MnemoscopeError, UnknownName, UsageError
+from ..records.files import file_inside, leads_out, open_inside, open_regular, read_inside
 from .decoding import ENDINGS, MAX_BYTES, decode
 
 if TYPE_CHECKING:
@@ -186,7 +187,7 @@ def _of_folder(folder: Path, column: str | None, id_column: str | None) -> Sourc
     # Pictures win: a folder of pictures often has a Parquet file of captions beside them.
     if next(_walk(folder), None) is not None:
         return _Folder(folder)
-    files = sorted(p for p in folder.rglob("*") if p.is_file())
+    files = sorted(p for p in folder.rglob("*") if not p.is_dir())
     if tars := [p for p in files if _is_tar(p)]:
         return _Tars(tars, folder)
     if tables := [p for p in files if p.suffix.lower() == ".parquet"]:
@@ -285,7 +286,7 @@ class _Folder:
         return sum(1 for _ in _walk(self.folder))
 
     def fetch(self, at: str) -> bytes:
-        return _file(self.folder / at)
+        return _file_below(self.folder, at)
 
 
 class _Files:
@@ -298,7 +299,11 @@ class _Files:
         return {"kind": "files"}
 
     def opened(self) -> AbstractContextManager[Iterator[Entry]]:
-        return nullcontext(_on_disk(str(path), path.as_posix()) for path in self.paths)
+        return nullcontext(self._entry(path) for path in self.paths)
+
+    @staticmethod
+    def _entry(path: Path) -> Entry:
+        return _on_disk(str(path), path.as_posix(), lambda: _file(path))
 
     def count(self) -> int:
         return len(self.paths)
@@ -308,9 +313,9 @@ class _Files:
 
 
 def _walk(folder: Path, inside: str = "") -> Iterator[Entry]:
-    """Entries of a folder, sorted within each level. Symbolic links to files are followed, those to folders are not."""
+    """Entries of a folder, sorted within each level. Links to files are followed as long as they stay inside, those to folders are not."""
     try:
-        with os.scandir(folder) as found:
+        with os.scandir(folder / inside) as found:
             items = sorted(found, key=lambda item: item.name)
     except OSError as e:
         yield _lost(inside or ".", f"unreadable: {e.strerror or e}")
@@ -320,31 +325,60 @@ def _walk(folder: Path, inside: str = "") -> Iterator[Entry]:
             continue
         name = f"{inside}{item.name}"
         if item.is_dir(follow_symlinks=False):
-            yield from _walk(folder / item.name, f"{name}/")
+            yield from _walk(folder, f"{name}/")
         elif item.is_symlink() and item.is_dir():
             yield _lost(name, "link: to a folder, not followed")
         elif os.path.splitext(item.name)[1].lower() in ENDINGS:
-            yield _on_disk(item.path, name)
+            # Only a link can lead out; asking that of every file would take longer than opening it.
+            linked = item.is_symlink()
+            yield _on_disk(item.path, name, partial(_file_below, folder, name) if linked else partial(_file, item.path))
 
 
-def _on_disk(path: str, name: str) -> Entry:
+def _on_disk(path: str, name: str, read: Callable[[], bytes]) -> Entry:
     try:
         size = os.stat(path).st_size
     except OSError:
         size = None
     note = "a symbolic link" if os.path.islink(path) else None
-    return Entry(_valid(name), lambda: _file(path), size, note=note)
+    return Entry(_valid(name), read, size, note=note)
 
 
 def _file(path: str | Path) -> bytes:
+    """The bytes of a file that the reader named, or that lies in a folder he named."""
     try:
-        facts = os.stat(path)
+        file = open_regular(path)
     except OSError as e:
+        if os.path.exists(path) and not os.path.isfile(path):
+            raise Unreadable("unreadable: not a file") from None
         kind = "link: to nothing" if os.path.islink(path) else "unreadable"
         raise Unreadable(f"{kind}: {e.strerror or e}") from None
-    if not stat.S_ISREG(facts.st_mode):  # a pipe would wait forever
-        raise Unreadable("unreadable: not a file")
-    return _bounded(facts.st_size, Path(path).read_bytes)
+    with file:
+        return _bounded(os.fstat(file.fileno()).st_size, file.read)
+
+
+def _file_below(folder: Path, name: str) -> bytes:
+    """The bytes of a file whose name, or the links that it goes through, somebody else chose."""
+    path = folder / name
+    if reason := _led_out(folder, path):
+        raise Unreadable(reason)
+    return _file(path)
+
+
+LED_OUT = "link: leads out of the folder, not followed"
+
+
+def _led_out(where: Path, path: Path) -> str | None:
+    """The reason not to open a file that was found below a folder; None: there is none. What the reader himself names may be a link."""
+    return LED_OUT if path != where and leads_out(where, path) else None
+
+
+def _opened(where: Path, path: Path) -> BinaryIO:
+    """A file of a source: the one that the reader named (``where``), or one that was found below the folder that he named."""
+    return open_regular(path) if path == where else open_inside(where, path.relative_to(where).as_posix())
+
+
+def _why(error: BaseException) -> str:
+    return (error.strerror if isinstance(error, OSError) else None) or str(error)
 
 
 def _bounded(size: int, get: Callable[[], bytes]) -> bytes:
@@ -378,11 +412,14 @@ class _Zip:
         with self._archive():
             pass
 
-    def _archive(self) -> zipfile.ZipFile:
-        try:
-            return zipfile.ZipFile(self.path)
-        except (OSError, zipfile.BadZipFile) as e:
-            raise UsageError(f"{self.path} cannot be read as a zip archive ({e}); check the file.") from e
+    @contextmanager
+    def _archive(self) -> Iterator[zipfile.ZipFile]:
+        with ExitStack() as held:
+            try:
+                archive = held.enter_context(zipfile.ZipFile(held.enter_context(open_regular(self.path))))
+            except (OSError, zipfile.BadZipFile) as e:
+                raise UsageError(f"{self.path} cannot be read as a zip archive ({e}); check the file.") from e
+            yield archive
 
     def describe(self) -> dict[str, Any]:
         return {"kind": "zip", "path": str(self.path.resolve())}
@@ -446,14 +483,15 @@ class _Tars:
         prefix = self._prefix(path)
         try:
             # The archive is read once, from front to back, so the bytes of a member are taken as it passes by.
-            with tarfile.open(path, "r|*" if read else "r:") as archive:
+            with _opened(self.where, path) as file, tarfile.open(fileobj=file, mode="r|*" if read else "r:") as archive:
                 for member in archive:
                     archive.members = []  # type: ignore[attr-defined]  # it would keep every header it has seen
                     name = prefix + member.name
                     if _is_picture(member.name) and not member.isdir() and only in (None, name):
                         yield self._entry(archive, member, name) if read else Entry(name, bytes)
         except (OSError, EOFError, tarfile.TarError, zlib.error, lzma.LZMAError) as e:
-            yield _lost(f"{prefix or path.name}!", f"archive: {path.name} is damaged ({e}); what follows is missing")
+            why = f"archive: {path.name} is damaged ({_why(e)}); what follows is missing"
+            yield _lost(f"{prefix or path.name}!", _led_out(self.where, path) or why)
 
     def _entry(self, archive: tarfile.TarFile, member: tarfile.TarInfo, name: str) -> Entry:
         if not member.isreg():
@@ -526,6 +564,10 @@ class _Table(ABC):
         """The folder that paths in cells start from and stay in; None: paths are not followed."""
         return None
 
+    def led_out(self, file: str) -> str | None:
+        """The reason not to open a file, where it is a link that leads out of the table's folder."""
+        return None
+
     def describe(self) -> dict[str, Any]:
         return {"kind": self.kind, "path": self.label(), "column": self.column, "id_column": self.id_column}
 
@@ -557,8 +599,9 @@ class _Table(ABC):
                     )
                     row += 1
         except (OSError, ValueError, KeyError, NotImplementedError) as e:  # pyarrow's errors are kinds of these
-            why = f"{type(e).__name__}: {e}"[:160]
-            yield _lost(f"{file}#{row}!", f"table: {file or self.label()} is damaged ({why}); what follows is missing")
+            why = f"{type(e).__name__}: {_why(e)}"[:160]
+            damage = f"table: {file or self.label()} is damaged ({why}); what follows is missing"
+            yield _lost(f"{file}#{row}!", self.led_out(file) or damage)
 
 
 def table_values(source: Source, names: Sequence[str]) -> Iterator[tuple[str, Any]] | None:
@@ -612,10 +655,9 @@ def _bytes_of(cell: Any, base: Path | None) -> bytes:
         raise Unreadable("empty: the cell holds nothing")
     if base is None:
         raise Unreadable(f"elsewhere: the table holds only a path ({path})")
-    inside = (base / path).resolve()
-    if not inside.is_relative_to(base.resolve()):  # a table from elsewhere must not choose which files are opened
+    if leads_out(base, base / path):  # a table from elsewhere must not choose which files are opened
         raise Unreadable(f"elsewhere: the table names a file outside its folder ({path})")
-    return _file(inside)
+    return _file(base / path)
 
 
 class _Parquet(_Table):
@@ -634,11 +676,17 @@ class _Parquet(_Table):
     def schema(self) -> pyarrow.Schema:
         import pyarrow.parquet as pq
 
-        path = next(iter(self.paths.values()))
+        path = self._first()
         try:
-            return pq.read_schema(path)
+            with _opened(self.where, path) as file:
+                return pq.read_schema(file)
         except (OSError, ValueError) as e:
-            raise UsageError(f"{path} cannot be read as Parquet ({e}); check the file.") from e
+            raise UsageError(f"{path} cannot be read as Parquet ({_why(e)}); check the file.") from e
+
+    def _first(self) -> Path:
+        """The first file that may be opened; the others become rows with a reason."""
+        paths = list(self.paths.values())
+        return next((path for path in paths if path.is_file() and not _led_out(self.where, path)), paths[0])
 
     def files(self) -> list[str]:
         return list(self.paths)
@@ -646,25 +694,35 @@ class _Parquet(_Table):
     def base(self, file: str) -> Path:
         return self.paths[file].parent
 
-    def count(self) -> int | None:
-        import pyarrow.parquet as pq
+    def led_out(self, file: str) -> str | None:
+        return _led_out(self.where, self.paths[file])
 
+    def count(self) -> int | None:
         try:
-            return sum(pq.read_metadata(path).num_rows for path in self.paths.values())
+            return sum(self._rows(path) for path in self.paths.values())
         except (OSError, ValueError):
             return None
+
+    def _rows(self, path: Path) -> int:
+        import pyarrow.parquet as pq
+
+        with _opened(self.where, path) as file:
+            return int(pq.read_metadata(file).num_rows)
 
     def blocks(self, file: str, columns: list[str]) -> Iterator[pyarrow.RecordBatch]:
         import pyarrow.parquet as pq
 
         # Without pre-buffering, pages are read as they are needed instead of a whole row group at once.
-        with pq.ParquetFile(self.paths[file], pre_buffer=False, buffer_size=1 << 20) as table:
+        with (
+            _opened(self.where, self.paths[file]) as opened,
+            pq.ParquetFile(opened, pre_buffer=False, buffer_size=1 << 20) as table,
+        ):
             yield from table.iter_batches(ROWS, columns=columns)
 
     def cell(self, file: str, row: int) -> Any:
         import pyarrow.parquet as pq
 
-        with pq.ParquetFile(self.paths[file]) as table:
+        with _opened(self.where, self.paths[file]) as opened, pq.ParquetFile(opened) as table:
             for group in range(table.num_row_groups):
                 rows = table.metadata.row_group(group).num_rows
                 if row < rows:
@@ -681,6 +739,8 @@ class _Arrow(_Table):
     def __init__(self, folder: Path, column: str | None, id_column: str | None):
         self.folder = folder
         self.paths = dict(_saved_files(folder))
+        if not self.paths:
+            raise UsageError(f"{folder} is a data set without files; save it again.")
         super().__init__(column, id_column)
 
     def label(self) -> str:
@@ -718,12 +778,17 @@ def _saved_files(folder: Path) -> Iterator[tuple[str, Path]]:
     try:
         splits = [""]
         if (folder / "dataset_dict.json").is_file():
-            splits = [f"{name}/" for name in json.loads((folder / "dataset_dict.json").read_bytes())["splits"]]
+            listed = json.loads(read_inside(folder, "dataset_dict.json"))["splits"]
+            splits = [f"{name}/" for name in listed]
         for split in splits:
-            for file in json.loads((folder / split / "state.json").read_bytes())["_data_files"]:
-                yield split + file["filename"], folder / split / file["filename"]
-    except (OSError, ValueError, KeyError, TypeError) as e:
-        raise UsageError(f"{folder} does not list the files of a data set ({e!r}); save it again.") from e
+            for file in json.loads(read_inside(folder, f"{split}state.json"))["_data_files"]:
+                name = split + file["filename"]
+                yield name, file_inside(folder, name)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as e:
+        why = f"{e.filename}: {e.strerror}" if isinstance(e, OSError) else repr(e)
+        raise UsageError(
+            f"{folder} does not list the files of a data set that lie in it ({why}); save it again."
+        ) from e
 
 
 @contextmanager

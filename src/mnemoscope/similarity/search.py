@@ -133,7 +133,8 @@ class Searcher:
     Args:
         vectors: ``[n, dim]``, usually memory-mapped.
         alive: Rows that count; None: all.
-        inverted: File of :func:`build_inverted`; it may be older than the last vectors, which are then compared one by one.
+        inverted: File of :func:`build_inverted`; it may be older than the last vectors, which are then compared one by one. Faiss
+            trusts what it loads: give a file that this user built, see ``IndexFolder.usable_inverted``.
         use_faiss: Whether to use faiss; None: if it is installed.
     """
 
@@ -150,7 +151,7 @@ class Searcher:
         if not len(vectors) or not (has_faiss() if use_faiss is None else use_faiss):
             return
         if inverted is not None and inverted.is_file():
-            self._index, self.kind = _load(inverted, len(vectors)), "inverted file, faiss"
+            self._index, self.kind = _load(inverted, vectors), "inverted file, faiss"
         elif len(vectors) < FLAT:
             self._index, self.kind = _flat(vectors), "exact, faiss"
 
@@ -182,15 +183,50 @@ def _add(index: Any, vectors: Stored, first: int) -> None:
         index.add(np.ascontiguousarray(vectors[start : start + step], np.float32))
 
 
-def _load(path: Path, n: int) -> Any:
-    faiss = _faiss()
+def _load(path: Path, vectors: Stored) -> Any:
+    """An inverted file for searching; its lists stay on the disk."""
+    index = _read(path, vectors.shape[1], _faiss().IO_FLAG_MMAP)
+    if index.ntotal > len(vectors):
+        raise RunError(
+            f"{path} knows {index.ntotal} pictures of {len(vectors)}; delete it, and the next build makes it again."
+        )
+    return index
+
+
+def _read(path: Path, dim: int, flags: int = 0) -> Any:
+    """An inverted file as :func:`build_inverted` writes it, and nothing else that faiss can read."""
     try:
-        index = faiss.read_index(str(path), faiss.IO_FLAG_MMAP)
+        index = _faiss().read_index(str(path), flags)
     except RuntimeError as e:
         raise RunError(f"{path} cannot be read; delete it, and the next build makes it again.") from e
-    if index.ntotal > n:
-        raise RunError(f"{path} knows {index.ntotal} pictures of {n}; delete it, and the next build makes it again.")
+    if not _is_inverted(index, dim):
+        raise RunError(
+            f"{path} is no inverted file of {dim} numbers per picture; delete it, and the next build makes it again."
+        )
     return index
+
+
+def _is_inverted(index: Any, dim: int) -> bool:
+    """Whether it is an IVF-PQ whose lists are in its own file and hold each picture once, by the number of its vector."""
+    faiss = _faiss()
+    if type(index) is not faiss.IndexIVFPQ or (index.d, index.metric_type) != (dim, faiss.METRIC_INNER_PRODUCT):
+        return False
+    quantizer, lists = faiss.downcast_index(index.quantizer), faiss.downcast_InvertedLists(index.invlists)
+    if type(quantizer) is not faiss.IndexFlatIP or (quantizer.d, quantizer.ntotal) != (dim, index.nlist):
+        return False
+    # Mapped into memory, lists of the same file are of the class of those in another file, whose name they lack.
+    if type(lists) is not faiss.ArrayInvertedLists and getattr(lists, "filename", None) != "":
+        return False
+    if lists.nlist != index.nlist or sum(map(lists.list_size, range(index.nlist))) != index.ntotal:
+        return False
+    seen = np.zeros(index.ntotal, bool)
+    for k in range(index.nlist):
+        if size := lists.list_size(k):
+            numbers = faiss.rev_swig_ptr(lists.get_ids(k), size)
+            if numbers.min() < 0 or numbers.max() >= index.ntotal:
+                return False
+            seen[numbers] = True
+    return bool(seen.all())
 
 
 def build_inverted(vectors: Stored, path: Path, old: Path | None = None, *, seed: int = 0) -> dict[str, Any]:
@@ -199,7 +235,8 @@ def build_inverted(vectors: Stored, path: Path, old: Path | None = None, *, seed
     Args:
         vectors: ``[n, dim]``.
         path: Where to write.
-        old: An inverted file of the first of these vectors; it is added to as long as it does not have to more than double.
+        old: An inverted file of the first of these vectors, built by this user; it is added to as long as it does not have to more
+            than double.
         seed: Of the sample that it is trained and measured on.
 
     Returns:
@@ -208,7 +245,7 @@ def build_inverted(vectors: Stored, path: Path, old: Path | None = None, *, seed
     """
     faiss, (n, dim) = _faiss(), vectors.shape
     rng = np.random.default_rng(seed)
-    index = None if old is None or not old.is_file() else faiss.read_index(str(old))
+    index = None if old is None or not old.is_file() else _read(old, dim)
     if index is None or not index.ntotal <= n <= 2 * index.ntotal:
         lists = max(1, int(4 * n**0.5))
         parts = next(m for m in (64, 48, 32, 16, 8, 4, 2, 1) if dim % m == 0)
@@ -218,7 +255,15 @@ def build_inverted(vectors: Stored, path: Path, old: Path | None = None, *, seed
     index.nprobe = PROBED
     _add(index, vectors, index.ntotal)
     faiss.write_index(index, str(path))
-    facts = {"kind": "IVF-PQ", "lists": index.nlist, "parts": index.pq.M, "bits": 8, "probed": PROBED, "pictures": n}
+    facts = {
+        "kind": "IVF-PQ",
+        "lists": index.nlist,
+        "parts": index.pq.M,
+        "bits": 8,
+        "probed": PROBED,
+        "pictures": n,
+        "dim": dim,
+    }
     return facts | {"recall": _recall(vectors, path, rng)}
 
 

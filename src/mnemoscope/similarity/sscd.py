@@ -28,8 +28,8 @@ from PIL import Image
 from torch import Tensor
 
 from ..errors import UnknownName, UsageError
-from ..models.identity import hash_file
 from ..programs import allowed_program, how_to_allow
+from ..records.files import hash_file
 from ..records.store import short
 from .base import Pictures, Vectors, as_tensor
 

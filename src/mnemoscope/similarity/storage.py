@@ -8,17 +8,22 @@
 
 The JSON lines are the truth: a vector without a row is no result, and the next writer cuts it off. Vectors are therefore
 written, and on the disk, before their rows.
+
+An index may come from somebody else, and says where its pictures are. Only places that this user has named are opened, and only an
+inverted file that this user has built is loaded: sources, single files and ``search`` carry a mark (:mod:`~mnemoscope.records.marks`).
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from array import array
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,12 +31,15 @@ import numpy as np
 from filelock import FileLock, Timeout
 from jaxtyping import Bool, Float
 from PIL import Image
-from pydantic import ConfigDict, Field
+from pydantic import ConfigDict, Field, ValidationError
 
-from ..errors import RunError
+from ..errors import RunError, UnknownName, UsageError
+from ..records.files import file_inside, hash_file, open_inside
+from ..records.marks import has_mark, mark_of
 from ..records.schema import Record
-from ..records.store import explained, in_use, read_document, sound_lines, write_all, write_whole
-from .reading import Source, picture_of, reopened
+from ..records.store import explained, first_error, in_use, read_document, sound_lines, write_all, write_whole
+from . import search
+from .reading import Anything, Source, open_source, picture_of, reopened
 
 __all__ = [
     "Calibrated",
@@ -41,10 +49,19 @@ __all__ = [
     "IndexRow",
     "IndexWriter",
     "Ledger",
+    "built_inverted",
+    "named_file",
+    "named_source",
 ]
 
 FORMAT = 1
 MANIFEST, ROWS, VECTORS, INVERTED = "manifest.json", "rows.jsonl", "vectors.bin", "vectors.faiss"
+
+SOURCE, FILE = "source", "file"
+"""Kinds of facts that carry a mark, besides :data:`INVERTED`."""
+
+TRIED = 16
+"""Pictures that are looked for in a place that is said to hold those of an index."""
 
 
 class DescriptorRecord(Record):
@@ -82,10 +99,10 @@ class IndexManifest(Record):
     status: Literal["building", "done"] = "building"
     descriptor: DescriptorRecord
     dtype: Literal["float16", "float32"] = "float32"
-    dim: int | None = None
+    dim: int | None = Field(default=None, ge=1)
     """Length of a vector; None: there is none yet."""
     sources: list[dict[str, Any]] = Field(default_factory=list)
-    """What rows' ``source`` counts."""
+    """What rows' ``source`` counts. ``mark``: of the user who named it."""
     pictures: int = 0
     """Pictures with a vector, when the last build ended; as all counts here."""
     skipped: dict[str, int] = Field(default_factory=dict)
@@ -99,7 +116,7 @@ class IndexManifest(Record):
     """Similarity above which the nearest reference is called the origin of a copy; None: not calibrated."""
     calibration: Calibrated | None = None
     search: dict[str, Any] | None = None
-    """Parameters and measured recall of the inverted file; None: there is none, search is exact."""
+    """Parameters, size, hash and measured recall of the inverted file, with the mark of the user who built it; None: there is none."""
     versions: dict[str, str] = Field(default_factory=dict)
     started: str = ""
     ended: str | None = None
@@ -110,12 +127,12 @@ class IndexRow(Record):
 
     id: str
     status: Literal["ok", "error"]
-    vector: int | None = None
+    vector: int | None = Field(default=None, ge=0)
     """Which vector is its descriptor; None: it has none."""
     source: int = 0
     at: str | None = None
     """Where it is in its source, if that is not its id."""
-    sha256: str | None = None
+    sha256: str | None = Field(default=None, pattern="^[0-9a-f]{64}$")
     """Of the file's bytes; None: they could not be read, and the next build tries again."""
     size: int | None = None
     width: int | None = None
@@ -123,6 +140,8 @@ class IndexRow(Record):
     note: str | None = None
     error: str | None = None
     """Why there is no vector: a kind and, after a colon, what exactly."""
+    mark: str | None = None
+    """Of the user who named this file; None: its source is more than single files, and has a mark of its own."""
 
 
 class Ledger:
@@ -243,7 +262,8 @@ class IndexFolder:
 
     def _read_manifest(self) -> IndexManifest:
         missing = f"{self.folder} holds no index (no {MANIFEST}); make one with `mnemoscope index build`."
-        return read_document(self.folder / MANIFEST, IndexManifest, FORMAT, missing, "no index", "build the index anew")
+        path, cure = self.folder / MANIFEST, "build the index anew"
+        return read_document(path, IndexManifest, FORMAT, missing, "no index", cure, folder=self.folder)
 
     def update(self, **changes: Any) -> None:
         """Change fields of the manifest on disk."""
@@ -260,10 +280,42 @@ class IndexFolder:
     @cached_property
     def contents(self) -> _Contents:
         """One pass over the rows, when first asked for: eight bytes of memory per picture."""
-        found = _Contents()
+        found, stored, spoken_of = _Contents(), self.stored(), 0
         for head, offset, _ in _heads(self.folder / ROWS):
-            found.note(head, offset)
+            if head["status"] == "ok":
+                spoken_of = max(spoken_of, head["vector"] + 1)
+                if spoken_of > stored:
+                    stored = self.stored()  # another process may have added to it
+            if spoken_of <= stored:  # memory is taken only for vectors that are there
+                found.note(head, offset)
+        self.require(stored, spoken_of)
         return found
+
+    def stored(self) -> int:
+        """How many vectors the file holds.
+
+        Raises:
+            RunError: it is no file of this folder.
+        """
+        size, dim = self._size(VECTORS), self.manifest.dim
+        return 0 if dim is None else size // (dim * self.dtype.itemsize)
+
+    def require(self, stored: int, spoken_of: int) -> None:
+        """Raises RunError where the file holds fewer vectors than rows speak of."""
+        if stored < spoken_of:
+            path = self.folder / VECTORS
+            raise RunError(
+                f"{path} holds {stored} of {spoken_of} descriptors; restore the file, or build the index anew."
+            )
+
+    def _size(self, name: str) -> int:
+        """Bytes of a file of the index; 0 where there is none."""
+        try:
+            return file_inside(self.folder, name).stat().st_size
+        except FileNotFoundError:
+            return 0
+        except OSError as e:
+            raise _unusable(self.folder / name, e) from None
 
     def skipped(self) -> dict[str, int]:
         """Pictures that have no vector, by the kind of reason."""
@@ -275,16 +327,21 @@ class IndexFolder:
         """All vectors, memory-mapped.
 
         Raises:
-            RunError: fewer are there than rows speak of.
+            RunError: the file does not hold what rows and manifest speak of.
         """
         n, dim = len(self.contents.offsets), self.manifest.dim
         if not n or dim is None:
             return np.empty((0, dim or 1), self.dtype)
-        path = self.folder / VECTORS
-        there = path.stat().st_size // (dim * self.dtype.itemsize) if path.is_file() else 0
-        if there < n:
-            raise RunError(f"{path} holds {there} of {n} descriptors; restore the file, or build the index anew.")
-        return np.memmap(path, self.dtype, "r", shape=(n, dim))
+        self.require(self.stored(), n)
+        asked, size = n * dim * self.dtype.itemsize, self._size(VECTORS)
+        if (
+            size != asked and self._read_manifest().status == "done"
+        ):  # while it is being built, vectors come before their rows
+            raise RunError(
+                f"{self.folder / VECTORS} has {size:,} bytes, and the {n:,} descriptors of length {dim} that rows speak of have "
+                f"{asked:,} in {self.manifest.dtype}; restore the folder, or build the index anew."
+            )
+        return np.memmap(file_inside(self.folder, VECTORS), self.dtype, "r", shape=(n, dim))
 
     @property
     def dtype(self) -> np.dtype[Any]:
@@ -298,45 +355,177 @@ class IndexFolder:
 
     def row(self, number: int) -> IndexRow:
         """The row of a vector."""
-        with (self.folder / ROWS).open("rb") as file:
-            file.seek(self.contents.offsets[number])
-            return IndexRow.model_validate_json(file.readline())
+        try:
+            with open_inside(self.folder, ROWS) as file:
+                file.seek(self.contents.offsets[number])
+                return self._parsed(file.readline())
+        except OSError as e:
+            raise _unusable(self.folder / ROWS, e) from None
 
     def rows(self) -> Iterator[IndexRow]:
         """Every row, one in memory at a time. A picture that could not be read may have several; the last one counts."""
         for _, _, raw in _heads(self.folder / ROWS):
-            yield IndexRow.model_validate_json(raw)
+            yield self._parsed(raw)
 
     def find(self, name: str) -> IndexRow | None:
         """The row of a picture with a vector, looked for from the beginning."""
         for head, _, raw in _heads(self.folder / ROWS):
             if head["id"] == name and head["status"] == "ok":
-                return IndexRow.model_validate_json(raw)
+                return self._parsed(raw)
         return None
 
+    def _parsed(self, raw: bytes) -> IndexRow:
+        try:
+            return IndexRow.model_validate_json(raw)
+        except ValidationError as e:
+            raise RunError(
+                f"{self.folder / ROWS} holds a damaged row ({first_error(e)}); restore it, or build the index anew."
+            ) from None
+
+    # Its pictures -----------------------------------------------------------------------------------------------------------
+
     def picture(self, row: IndexRow) -> Image.Image | None:
-        """The picture of a row, from where it was indexed; None: it is gone, or its file is no longer the same."""
-        source = self._source(row.source)
-        if source is None or row.sha256 is None:
+        """The picture of a row, from where it was indexed.
+
+        None: it is gone, its file is no longer the same, or this user has not named the place where it is said to be.
+        """
+        if row.sha256 is None or not 0 <= row.source < len(self.manifest.sources) or not self._is_confirmed(row):
             return None
-        prefix = self.manifest.sources[row.source].get("prefix", "")
-        return picture_of(source, row.at or row.id.removeprefix(prefix), row.sha256)
+        source = self._source(row.source)
+        return None if source is None else picture_of(source, self._place(row), row.sha256)
+
+    def locate(self, pictures: Anything, prefix: str = "") -> None:
+        """Say where the pictures of a source are now: of an index that somebody else built, or whose pictures were moved.
+
+        Args:
+            pictures: A folder, an archive or a table; see :func:`~mnemoscope.similarity.reading.open_source`.
+            prefix: What stands before the ids of these pictures, if the index has several sources.
+
+        Raises:
+            UsageError: the index has no such source, or its first pictures are not there.
+        """
+        known = [record.get("prefix", "") for record in self.manifest.sources]
+        if prefix not in known:
+            raise UnknownName(f"prefix in {self.folder}", prefix, known)
+        number = known.index(prefix)
+        record = self.manifest.sources[number]
+        source = open_source(pictures, column=record.get("column"), id_column=record.get("id_column"))
+        rows = (row for row in self.rows() if row.source == number and row.sha256 is not None)
+        some = list(islice(rows, TRIED))
+        if not any(picture_of(source, self._place(row), row.sha256 or "") for row in some):
+            raise UsageError(
+                f"{pictures} holds none of the first {len(some)} pictures of {self.folder}; name the place that it was built from."
+            )
+        sources = list(self.manifest.sources)
+        sources[number] = named_source(source, prefix)
+        self.update(sources=sources)
+        self._sources = {}
+
+    def _place(self, row: IndexRow) -> str:
+        """Where a row's picture is in its source."""
+        return row.at or row.id.removeprefix(self.manifest.sources[row.source].get("prefix", ""))
+
+    def _is_confirmed(self, row: IndexRow) -> bool:
+        """Whether this user named the place where a row's picture is said to be. What lies below a folder is confirmed with it."""
+        record = self.manifest.sources[row.source]
+        if record.get("kind") == "files":
+            return has_mark(FILE, {"at": self._place(row), "sha256": row.sha256, "mark": row.mark})
+        return has_mark(SOURCE, record)
 
     def _source(self, number: int) -> Source | None:
         if number not in self._sources:
             self._sources[number] = reopened(self.manifest.sources[number])
         return self._sources[number]
 
+    # What is not used of it ---------------------------------------------------------------------------------------------------
+
     @property
     def inverted(self) -> Path:
         """Where the inverted file is, if there is one."""
         return self.folder / INVERTED
 
+    def usable_inverted(self) -> Path | None:
+        """The inverted file, where it pays and this user built it. Faiss trusts what it loads, so nothing else is handed to it."""
+        return None if len(self.vectors) < search.FLAT or self._unfit() is not None else self.inverted
+
+    def _unfit(self) -> str | None:
+        """Why the inverted file is not the one that this user built; None: it is."""
+        facts = self.manifest.search
+        if facts is None or not has_mark(INVERTED, facts):
+            return "it was not built by you on this machine"
+        try:
+            path = file_inside(self.folder, INVERTED)
+            same = path.stat().st_size == facts["size"] and hash_file(path) == facts["sha256"]
+        except OSError as e:
+            return e.strerror or str(e)
+        return None if same and facts["dim"] == self.manifest.dim else "it is not the one that its manifest speaks of"
+
+    def cautions(self) -> list[str]:
+        """What of the index is not used, because it may be somebody else's: sentences, each with its cure."""
+        found = []
+        if any(not self._is_confirmed(row) for row in self._first_rows()):
+            found.append(
+                f"No picture of {self.folder} is shown, and layouts are not compared: the index was not built by you on this machine. If "
+                f"you have its pictures, name the place: mnemoscope index locate {self.folder} PICTURES"
+            )
+        if len(self.vectors) >= search.FLAT and self.inverted.exists() and (why := self._unfit()) is not None:
+            found.append(
+                f"{self.inverted} is not used ({why}), so every picture is compared; the next `mnemoscope index build` makes it again."
+            )
+        return found
+
+    def _first_rows(self) -> Iterator[IndexRow]:
+        """One row of each source."""
+        waiting = set(range(len(self.manifest.sources)))
+        for row in self.rows() if waiting else ():
+            if row.sha256 is not None and row.source in waiting:
+                waiting.remove(row.source)
+                yield row
+            if not waiting:
+                return
+
+
+def named_source(source: Source, prefix: str = "") -> dict[str, Any]:
+    """What a manifest says of a source that this user named."""
+    record = source.describe() | ({"prefix": prefix} if prefix else {})
+    return record | {"mark": mark_of(SOURCE, record)}
+
+
+def named_file(at: str, sha256: str) -> str:
+    """The mark of a single file that this user named."""
+    return mark_of(FILE, {"at": at, "sha256": sha256})
+
+
+def built_inverted(path: Path, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """What a manifest says of an inverted file that was just built.
+
+    Args:
+        path: The file.
+        facts: What :func:`~mnemoscope.similarity.search.build_inverted` says of it.
+    """
+    record = json.loads(json.dumps(dict(facts) | {"size": path.stat().st_size, "sha256": hash_file(path)}))
+    return record | {"mark": mark_of(INVERTED, record)}
+
+
+def _unusable(path: Path, error: OSError) -> RunError:
+    return RunError(f"{path} cannot be used ({error.strerror or error}); restore it, or build the index anew.")
+
 
 def _heads(path: Path) -> Iterator[tuple[dict[str, Any], int, bytes]]:
     """Each sound row as plain values, where it begins, and its bytes."""
     for line in sound_lines(path):
-        yield line.head, line.end - len(line.raw), line.raw
+        head = line.head
+        if head["status"] == "ok":
+            vector = head.get("vector")
+            sound = isinstance(vector, int) and not isinstance(vector, bool) and vector >= 0
+        else:
+            sound = isinstance(head.get("error"), str)
+        if not sound:
+            raise RunError(
+                f"line {line.number} of {path} is damaged (it names neither a vector nor an error); delete that line and repeat the "
+                f"command that builds the index."
+            )
+        yield head, line.end - len(line.raw), line.raw
 
 
 def _save(folder: Path, manifest: IndexManifest) -> None:
@@ -392,12 +581,7 @@ class IndexWriter:
                 self.unread.pop(head["id"], None)
             else:
                 self.unread[head["id"]] = head["error"]
-        path = self.index.folder / VECTORS
-        size = path.stat().st_size if path.is_file() else 0
-        if size < self.vectors * self._stride:
-            raise RunError(
-                f"{path} holds {size // self._stride} of {self.vectors} descriptors; restore the file, or build the index anew."
-            )
+        self.index.require(self.index.stored(), self.vectors)
 
     @property
     def _stride(self) -> int:

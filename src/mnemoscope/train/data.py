@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from ..audit.prompts import read_rows
 from ..errors import UnknownName, UsageError
+from ..records.files import leads_out, open_inside
 from ..records.store import digest, write_whole
 from ..similarity.reading import Anything, Source, open_source, read, table_values
 
@@ -191,12 +193,16 @@ def _captions(
     found, named = {}, []
     for file in sorted(path.rglob("*")):
         if file.name in ("metadata.jsonl", "metadata.csv"):
+            if leads_out(path, file):
+                raise UsageError(
+                    f"{file} is a link that leads out of {path}, and is not followed; put the file itself there."
+                )
             for name, texts in _metadata(file, path, column):
                 found[name] = texts
                 named.append((name, file.relative_to(path).as_posix()))
     with source.opened() as entries:
         for entry in entries:
-            if entry.id not in found and (text := _beside(path / entry.id)) is not None:
+            if entry.id not in found and (text := _beside(path, entry.id)) is not None:
                 found[entry.id] = _texts(text)
     return found, named
 
@@ -216,13 +222,17 @@ def _caption_of(row: Mapping[str, Any], column: str | None, file: Path) -> Any:
     return row[column] if column is not None else next((row[k] for k in KEYS if row.get(k) is not None), None)
 
 
-def _beside(picture: Path) -> str | None:
+def _beside(folder: Path, picture: str) -> str | None:
+    """The text in the file of captions beside a picture of a folder; None: there is no such file."""
     for ending in BESIDE:
-        file = picture.with_suffix(ending)
+        file = (folder / picture).with_suffix(ending)
         if file.is_file():
             try:
-                return file.read_text(encoding="utf-8-sig")
-            except (OSError, UnicodeDecodeError) as e:
+                with TextIOWrapper(open_inside(folder, file.relative_to(folder).as_posix()), "utf-8-sig") as text:
+                    return text.read()
+            except OSError as e:
+                raise UsageError(f"{file} cannot be read ({e.strerror or e}); put the file itself there.") from None
+            except UnicodeDecodeError as e:
                 raise UsageError(f"{file} cannot be read as UTF-8 text ({e}); save it as UTF-8.") from None
     return None
 
