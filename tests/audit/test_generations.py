@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 from mnemoscope.audit import generations
 from mnemoscope.audit.config import AuditConfig
@@ -283,6 +284,16 @@ def test_a_picture_that_was_lost(world: World, ask: Callable[..., AuditConfig]) 
     lost.unlink()
     damaged.unlink()
     with pytest.raises(RunError, match="is needed to compare generations and cannot be read"):
+        audit(more, target=world)
+    os.mkfifo(lost)
+    damaged.symlink_to("/dev/zero")
+    for name in (lost, damaged):
+        with pytest.raises(RunError, match=r"cannot be read \(it (is no regular file|leads out of its folder)\)"):
+            _picture(run, f"images/{name.name}")
+    for path, side in ((lost, 8), (damaged, 16)):
+        path.unlink()
+        Image.new("RGB", (side, side)).save(path)
+    with pytest.raises(RunError, match=r"the pictures of .a cat. in .* are of several sizes"):
         audit(more, target=world)
     assert Run(run.folder).manifest.status == "incomplete"
 

@@ -369,7 +369,7 @@ def test_a_reference_set_must_be_the_one_of_the_run(world: Gaussian, pictured: t
 
 def test_a_changed_picture_differs(world: Gaussian, pictured: tuple[Run, ReferenceSet]) -> None:
     run, _ = pictured
-    first, second, third, fourth, *_ = run.rows()
+    first, second, third, fourth, fifth, *_ = run.rows()
 
     def repaint(row: Row, change: Callable[[np.ndarray], np.ndarray]) -> None:
         path = run.folder / str(row.image)
@@ -385,8 +385,10 @@ def test_a_changed_picture_differs(world: Gaussian, pictured: tuple[Run, Referen
     repaint(second, lambda pixels: pixels + np.where(pixels < 128, 1, -1))
     repaint(third, lambda pixels: pixels[:8])
     (run.folder / str(fourth.image)).unlink()
+    (run.folder / str(fifth.image)).write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")
     found = again(run, world)
-    assert [r.outcome for r in found.rows[:4]] == ["differs", "within tolerance", "differs", "same"]
+    assert [r.outcome for r in found.rows[:5]] == ["differs", "within tolerance", "differs", "same", "differs"]
+    assert any(c.what.startswith("picture, unreadable (unknown: in none of") for c in found.rows[4].changes)
     assert [c.difference for c in found.rows[0].changes if "picture" in c.what] == [9.0]
     assert "the recorded picture is not at hand" in found.rows[3].reasons
 

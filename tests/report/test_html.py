@@ -6,6 +6,7 @@ import base64
 import hashlib
 import io
 import json
+import os
 import re
 import subprocess
 import sys
@@ -19,10 +20,12 @@ from synthetic_run import make_run
 from mnemoscope.errors import RunError, UsageError
 from mnemoscope.records.schema import Nearest
 from mnemoscope.records.store import Run
+from mnemoscope.report import pictures as module
 from mnemoscope.report.findings import Shot
 from mnemoscope.report.html import write_json, write_markdown, write_report
-from mnemoscope.report.pictures import Pictures, thumbnail
+from mnemoscope.report.pictures import SIDE, Pictures, Thumbnails
 from mnemoscope.report.summary import read_summary
+from mnemoscope.similarity.decoding import COLLECTED, KEPT, decode
 
 HOSTILE = {
     12: "<script>alert(1)</script><img src=x onerror=alert(1)>",
@@ -288,15 +291,68 @@ def test_damaged_pictures_have_a_reason(tmp_path):
     (tmp_path / "torn.png").write_bytes((tmp_path / "whole.png").read_bytes()[:60])
     (tmp_path / "text.png").write_text("no picture")
     Image.new("1", (20_000, 20_000)).save(tmp_path / "bomb.png")
-    reasons = {n: thumbnail(tmp_path / f"{n}.png").why for n in ("whole", "torn", "text", "bomb", "gone")}
-    unread = "image unreadable"
-    assert reasons == {"whole": "", "torn": unread, "text": unread, "bomb": unread, "gone": "image missing"}
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "folder.png").mkdir()
+    with (tmp_path / "huge.png").open("wb") as file:
+        file.truncate(1 << 40)  # a hole, which takes no room on the disk
+    names = ("whole", "torn", "text", "bomb", "gone", "pipe", "folder", "huge")
+    kept = Pictures(tmp_path)
+    reasons = {n: kept.kept(f"{n}.png").why for n in names}
+    assert reasons.pop("torn").startswith("image unreadable: damaged: ")
+    assert reasons == {
+        "whole": "",
+        "text": "image unreadable: unknown: in none of the formats WEBP, PNG, JPEG",
+        "bomb": "image unreadable: too large: 400,000,000 pixels; the limit is 16,777,216",
+        "gone": "image missing",
+        "pipe": "image unreadable: it is no regular file",
+        "folder": "image unreadable: it is no regular file",
+        "huge": "image unreadable: it has 1,099,511,627,776 bytes, and the limit is 67,108,864",
+    }
+
+
+def test_a_name_that_no_file_can_have_is_a_reason(tmp_path):
+    (tmp_path / "loop.webp").symlink_to("loop.webp")
+    for name in ("a\x00b", "x" * 5000, "loop.webp", ""):
+        near = Nearest(reference=name, similarity=0.9, descriptor="pixels")
+        assert Pictures(tmp_path).kept(name).why.startswith("image ")
+        assert Pictures(tmp_path, tmp_path).reference(near).why.startswith("image ")
+
+
+def test_a_picture_that_cannot_be_shown_breaks_no_page(tmp_path, monkeypatch):
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    monkeypatch.setattr(module, "_webp", lambda *_: 1 / 0)
+    assert Pictures(tmp_path).kept("a.png").why == "image unreadable: ZeroDivisionError"
+
+
+def test_a_picture_that_many_rows_name_is_decoded_once(tmp_path, monkeypatch):
+    decoded = []
+    monkeypatch.setattr(module, "decode", lambda *a, **k: (decoded.append(1), decode(*a, **k))[1])
+    make_run(tmp_path / "run", pictures=False)
+    rows = [r.model_copy(update={"image": "one.webp", "nearest": None}) for r in Run(tmp_path / "run").rows()]
+    (tmp_path / "run" / "samples.jsonl").write_text("".join(r.model_dump_json(exclude_none=True) + "\n" for r in rows))
+    Image.new("RGB", (8, 8)).save(tmp_path / "run" / "one.webp")
+    shown = page(write_report(tmp_path / "run")).all("img")
+    assert len(shown) > 4
+    assert len(decoded) == len({SIDE, 128}), "once for each size"
+
+
+def test_thumbnails_follow_their_file_and_are_forgotten_in_time(tmp_path, monkeypatch):
+    path, kept = tmp_path / "a.png", Thumbnails()
+    Image.new("RGB", (8, 8), "red").save(path)
+    red = kept.of(path, SIDE, KEPT)
+    assert kept.of(path, SIDE, KEPT) is red
+    Image.new("RGB", (8, 9), "blue").save(path)
+    assert kept.of(path, SIDE, KEPT).uri not in (None, red.uri)
+    monkeypatch.setattr(module, "REMEMBERED", red.size)
+    for side in range(1, 9):
+        kept.of(path, side, KEPT)
+    assert len(kept._kept) <= 1
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "I;16", "F"])
 def test_every_kind_of_picture_has_a_thumbnail(tmp_path, mode):
     Image.new(mode, (300, 40)).save(tmp_path / "a.tiff")
-    found = thumbnail(tmp_path / "a.tiff", 128)
+    found = Thumbnails().of(tmp_path / "a.tiff", 128, COLLECTED)
     with Image.open(io.BytesIO(base64.b64decode(found.uri.partition(",")[2]))) as picture:
         assert picture.size == (128, 17)
 

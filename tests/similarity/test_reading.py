@@ -1,5 +1,6 @@
 """Sources of pictures: every kind of file, archive and table, and every way in which they are broken."""
 
+import ast
 import contextlib
 import gc
 import hashlib
@@ -11,6 +12,7 @@ import tarfile
 import threading
 import tracemalloc
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -21,9 +23,10 @@ from hypothesis import strategies as st
 from PIL import Image
 from small_pictures import encoded, fill, png, smooth
 
+import mnemoscope
 from mnemoscope.errors import UnknownName, UsageError
 from mnemoscope.similarity import reading
-from mnemoscope.similarity.decoding import MAX_PIXELS, decode
+from mnemoscope.similarity.decoding import COLLECTED, KEPT, MAX_PIXELS, MAX_SCANS, decode
 from mnemoscope.similarity.reading import CHUNK, Entry, open_source, picture_of, read, reopened
 
 
@@ -129,6 +132,66 @@ def test_no_damage_ever_raises(kind, data):
         whole[at] = data.draw(st.integers(0, 255))
     found = decode(bytes(whole[: data.draw(st.integers(0, len(whole)))]))
     assert (found.picture is None) == (found.reason is not None)
+
+
+@pytest.mark.parametrize("kind", ["GIF", "BMP", "TIFF", "PPM", "TGA", "ICO", "JPEG2000"])
+def test_only_the_formats_that_a_caller_takes_are_tried(kind):
+    data = encoded(smooth(0), kind)
+    assert decode(data).picture is not None
+    assert decode(data, KEPT).reason == "unknown: in none of the formats WEBP, PNG, JPEG"
+
+
+def test_a_limit_of_pixels_is_asked_before_anything_is_decoded():
+    small = encoded(Image.new("1", (4097, 4096)))
+    assert decode(small).picture is not None
+    assert decode(small, KEPT).reason == "too large: 16,781,312 pixels; the limit is 16,777,216"
+    assert decode(b"\0" * (KEPT.bytes + 1), KEPT).reason == "too large: 67,108,865 bytes; the limit is 67,108,864"
+
+
+def test_a_smaller_copy_of_a_jpeg_is_read_at_a_smaller_scale():
+    data = encoded(smooth(0, 512), "JPEG")
+    assert decode(data, side=64).picture.size == (64, 64)
+    assert decode(data, side=4000).picture.size == (512, 512)
+
+
+def test_a_jpeg_of_many_scans_is_refused_however_they_are_hidden():
+    whole = encoded(smooth(0, 64), "JPEG", progressive=True)
+    assert decode(whole).picture is not None
+    last = whole[whole.rindex(b"\xff\xda") : -2]
+    alone = b"\xff\x01\xff\xff"  # markers and fill bytes without a length
+    for piece in (last, alone + last):
+        found = decode(whole[:-2] + piece * MAX_SCANS + whole[-2:])
+        assert found.reason == f"too slow: {MAX_SCANS + 1} scans or more; the limit is {MAX_SCANS}"
+    exif = b"Exif\0\0" + b"\xff\xda" * 1000
+    assert decode(encoded(smooth(0, 64), "JPEG", exif=exif)).picture is not None, "no scans, but bytes of a segment"
+
+
+OUR_OWN = {"demo/build.py", "demo/train.py", "demo/train_judges.py"}
+"""What builds the bundled world opens only pictures that it has made itself, or whose sums it knows."""
+
+
+def test_pictures_are_opened_in_one_place():
+    root = Path(mnemoscope.__file__).parent
+    opens = {p.relative_to(root).as_posix() for p in root.rglob("*.py") if _opens_pictures(ast.parse(p.read_bytes()))}
+    assert opens == {"similarity/decoding.py", *OUR_OWN}
+
+
+def _opens_pictures(tree: ast.AST) -> bool:
+    """Whether code speaks of ``Image.open``, by whatever path, or imports it by itself."""
+    nodes = list(ast.walk(tree))
+    called = any(
+        isinstance(n, ast.Attribute) and n.attr == "open" and ast.unparse(n.value).endswith("Image") for n in nodes
+    )
+    imported = [
+        a.name for n in nodes if isinstance(n, ast.ImportFrom) and (n.module or "") == "PIL.Image" for a in n.names
+    ]
+    renamed = [a for n in nodes if isinstance(n, ast.ImportFrom) and n.module == "PIL" for a in n.names if a.asname]
+    return called or "open" in imported or bool(renamed)
+
+
+def test_nothing_that_is_collected_starts_a_program():
+    assert not {"EPS", "WMF", "PDF", "FPX", "MIC"} & {*COLLECTED.formats}
+    assert {*KEPT.formats} <= {*COLLECTED.formats}
 
 
 # Folders ------------------------------------------------------------------------------------------------------------------

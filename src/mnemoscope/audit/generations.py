@@ -22,7 +22,7 @@ from ..errors import ModelFault, RunError
 from ..records.files import read_inside
 from ..records.schema import Row, Score
 from ..records.store import Run
-from ..similarity.decoding import decode
+from ..similarity.decoding import KEPT, decode
 
 __all__ = ["LEAST", "compare_generations"]
 
@@ -60,7 +60,10 @@ def compare_generations(
         todo = {name: d for name, d in compare.items() if any(m.compared.get(name) != len(members) for m in members)}
         if len(members) < LEAST or not todo:
             continue
-        pictures = torch.stack([_picture(run, m.image) for m in members]).to(device)
+        shown = [_picture(run, m.image) for m in members]
+        if len({picture.shape for picture in shown}) > 1:
+            raise RunError(f"the pictures of {prompt[:60]!r} in {run.folder} are of several sizes; restore them.")
+        pictures = torch.stack(shown).to(device)
         for name, detector in todo.items():
             scores = _scores(name, detector, pictures, prompt)
             for member, score in zip(members, scores, strict=True):
@@ -104,7 +107,7 @@ def _picture(run: Run, image: str | None) -> Float[Tensor, "3 height width"]:
     """A picture that the run has kept, in [0, 1]."""
     path = run.folder / str(image)
     try:
-        found = decode(read_inside(run.folder, str(image)))
+        found = decode(read_inside(run.folder, str(image), KEPT.bytes), KEPT)
     except OSError as e:
         raise RunError(
             f"{path} is needed to compare generations and cannot be read ({e.strerror or e}); restore it."

@@ -17,7 +17,7 @@ from torch import Tensor
 from ..errors import UsageError
 from ..models.base import Target
 from ..records.files import leads_out, read_regular
-from ..similarity.decoding import decode
+from ..similarity.decoding import COLLECTED, decode
 
 __all__ = ["Picture", "opened", "picture_bytes", "picture_lines", "pictures_in", "size_of"]
 
@@ -109,7 +109,7 @@ def picture_bytes(file: Path) -> bytes:
         UsageError: it cannot be read, or is no regular file.
     """
     try:
-        return read_regular(file)
+        return read_regular(file, COLLECTED.bytes)
     except OSError as e:
         raise UsageError(f"{file} cannot be read ({e.strerror or e}); take it out.") from None
 

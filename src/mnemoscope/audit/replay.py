@@ -26,7 +26,7 @@ from ..models.base import Target
 from ..plugins import BUNDLED, is_number
 from ..records.schema import Manifest, Nearest, Row, Score, Thresholds
 from ..records.store import Run, Writer, differences, digest, sample_id, short
-from ..similarity.decoding import decode
+from ..similarity.decoding import KEPT, decode
 from .batch import LOSSLESS, Reference, Sample
 from .config import AuditConfig, PromptSource
 from .generations import compare_generations
@@ -554,9 +554,14 @@ class _Comparison:
         after = None if now is None else self.now(now)
         if before is None or after is None:
             return
-        one, other = (decode(data).picture for data in (before, after))
-        if one is None or other is None or one.size != other.size:
-            yield Change("picture, size or format", None, None, math.inf, "differs")
+        read = [decode(data, KEPT) for data in (before, after)]
+        one, other = (r.picture for r in read)
+        if one is None or other is None:
+            reason = next(r.reason for r in read if r.picture is None)
+            yield Change(f"picture, unreadable ({reason})", None, None, math.inf, "differs")
+            return
+        if one.size != other.size:
+            yield Change("picture, size", None, None, math.inf, "differs")
             return
         apart = np.abs(np.asarray(one, dtype=np.int16) - np.asarray(other, dtype=np.int16))
         lossless = max(one.size) <= LOSSLESS

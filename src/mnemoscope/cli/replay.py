@@ -128,10 +128,12 @@ def _evidence(path: Path) -> Iterator[Evidence]:
 
 
 def _of_folder(folder: Path) -> Evidence:
+    from ..records.files import read_regular
     from ..records.schema import Thresholds
     from ..records.store import Run
     from ..report.packet import inside
     from ..report.summary import read_part
+    from ..similarity.decoding import KEPT
 
     run = Run(folder)
     thresholds = read_part(folder / "thresholds.json", Thresholds.model_validate_json)
@@ -139,7 +141,10 @@ def _of_folder(folder: Path) -> Evidence:
 
     def picture(name: str) -> bytes | None:
         file = inside(folder, name)
-        return None if file is None else file.read_bytes()
+        try:
+            return None if file is None else read_regular(file, KEPT.bytes)
+        except OSError:  # as if it were not there
+            return None
 
     return Evidence(folder.resolve().name, run.manifest, run.rows, thresholds, picture)
 

@@ -12,14 +12,12 @@ import zipfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float
-from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -27,6 +25,7 @@ from .. import stats
 from ..detect.calibrate import Calibration
 from ..errors import UnknownName, UsageError
 from ..similarity.base import Descriptor
+from ..similarity.decoding import KEPT, decode
 from ..similarity.fingerprint import Fingerprint
 from ..similarity.reference import ReferenceSet
 
@@ -132,8 +131,9 @@ class World:
             data = archive.read(f"{name}.webp")
         except KeyError:
             raise UsageError(f"the bundled world has no picture {name!r}; see World().rows for their names.") from None
-        image = Image.open(BytesIO(data)).convert("RGB")
-        return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
+        read = decode(data, KEPT)
+        assert read.picture is not None, read.reason  # the archive comes with the package
+        return torch.from_numpy(np.array(read.picture)).permute(2, 0, 1).float() / 255
 
     def controls(self, levels: Sequence[int] = (24, 48)) -> dict[str, list[dict[str, Any]]]:
         """Prompts with what the controls of an audit need, by what they ask; each list is one audit's ``prompts``.

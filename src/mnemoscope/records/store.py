@@ -150,8 +150,8 @@ class Run:
 
     @classmethod
     def exists(cls, folder: str | Path) -> bool:
-        """Whether a folder holds a run."""
-        return (Path(folder) / "run.json").is_file()
+        """Whether a folder holds a run; False also for one that may not be looked into."""
+        return os.path.isfile(Path(folder) / "run.json")
 
     @classmethod
     def open(cls, folder: str | Path, manifest: Manifest) -> Run:

@@ -34,6 +34,7 @@ from ..records.measures import NAME, Entry, Measures, Request, kept_files, measu
 from ..records.schema import FORMAT as MEASURES_FORMAT
 from ..records.schema import Manifest, Nearest, Row, Thresholds
 from ..records.store import JUDGED_BY, MEASURES, Run, explained, whole
+from ..similarity.decoding import KEPT
 from .archive import SUMS, Archive, add, pieces_of, plain, sha256_file, sha256_of, write_sums
 from .audited import joined
 from .discrimination import Baseline
@@ -159,8 +160,9 @@ class Records:
         return Measures.of(Path(MEASURES), request, entries)
 
     def picture(self, name: str) -> bytes | None:
-        """A picture that rows name; None: it was not packed."""
-        return self.archive.read(name) if name in self.archive.names else None
+        """A picture that rows name; None: it was not packed, or is larger than any that a run keeps."""
+        entry = self.archive.names.get(name)
+        return self.archive.read(name) if entry is not None and entry.file_size <= KEPT.bytes else None
 
     def _parsed(self, kind: type[_Record], data: bytes, name: str) -> _Record:
         try:

@@ -1,5 +1,8 @@
 """From the bytes of a file to an RGB picture, or to the reason why there is none. Whatever a file holds, nothing is raised.
 
+All pictures of files are decoded here and nowhere else, because a decoder that may take any format starts programs for some of them
+(PostScript), and because a small file can hold a picture that fills the memory. A caller says with :class:`Limits` what it needs.
+
 Conversions are noted, because a descriptor sees what this module made of the file: the first frame of an animation,
 transparency on white, 16 bits read as 8.
 """
@@ -15,7 +18,7 @@ import numpy as np
 import PIL
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-__all__ = ["ENDINGS", "MAX_BYTES", "MAX_PIXELS", "Decoded", "decode"]
+__all__ = ["COLLECTED", "ENDINGS", "KEPT", "MAX_BYTES", "MAX_PIXELS", "Decoded", "Limits", "decode"]
 
 MAX_PIXELS = 89_478_485
 """Pictures with more pixels than this (Pillow's own limit: a quarter of a gibibyte of RGB) are not decoded."""
@@ -29,10 +32,35 @@ ENDINGS = frozenset({
 })  # fmt: skip
 """Files that are taken for pictures, whether or not this Pillow can read them."""
 
+MAX_SCANS = 100
+"""A JPEG with more scans is not decoded: each costs time for the whole picture, and may have only 33 bytes. Encoders write about ten."""
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What a caller takes for a picture.
+
+    Attributes:
+        formats: Formats that are tried, by Pillow's names.
+        pixels: The most pixels, width times height.
+        bytes: The most bytes of its file.
+    """
+
+    formats: tuple[str, ...]
+    pixels: int
+    bytes: int
+
+
 # No EPS, PDF, WMF or video stubs: those start other programs or only look like pictures.
 _FORMATS = (
     "JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "AVIF", "HEIF", "JXL", "JPEG2000", "PPM", "TGA", "ICO", "QOI", "MPO",
 )  # fmt: skip
+
+COLLECTED = Limits(_FORMATS, MAX_PIXELS, MAX_BYTES)
+"""Pictures that somebody collected: training pictures, references, pictures to be measured."""
+
+KEPT = Limits(("WEBP", "PNG", "JPEG"), 4096 * 4096, 1 << 26)
+"""Pictures that a run, a packet or a folder of measured pictures keeps: small enough for many at a time, as large as models draw."""
 
 _MODES = {"L": "grayscale", "1": "black and white", "P": "palette", "CMYK": "CMYK, converted without its color profile"}
 
@@ -52,37 +80,74 @@ class Decoded:
     note: str | None = None
 
 
-def decode(data: bytes) -> Decoded:
-    """The picture in the bytes of a file."""
+def decode(data: bytes, limits: Limits = COLLECTED, *, side: int | None = None) -> Decoded:
+    """The picture in the bytes of a file.
+
+    Args:
+        data: The bytes.
+        limits: What is taken for a picture.
+        side: Pixels of the longest side, where a smaller copy will do: JPEG is then read at the smallest scale that has as many, which
+            is faster. Other formats are read whole.
+    """
     if not data:
         return Decoded(None, "empty: the file has no bytes")
+    if len(data) > limits.bytes:
+        return Decoded(None, f"too large: {len(data):,} bytes; the limit is {limits.bytes:,}")
     try:
-        with Image.open(io.BytesIO(data), formats=_formats()) as image:
-            if (pixels := image.width * image.height) > MAX_PIXELS:
-                return _too_large(pixels)
+        with Image.open(io.BytesIO(data), formats=_known(limits.formats)) as image:
+            if (pixels := image.width * image.height) > limits.pixels:
+                return _too_large(pixels, limits)
+            if image.format in ("JPEG", "MPO") and (scans := _scans(data)) > MAX_SCANS:
+                return Decoded(None, f"too slow: {scans:,} scans or more; the limit is {MAX_SCANS}")
+            if side is not None:
+                image.draft("RGB", (side, side))
             notes = [*_frames(image), *_depth(image)]
             image.load()
             picture = _rgb(_upright(image, notes), notes)
     except UnidentifiedImageError:
-        return Decoded(None, f"unknown: in no format that Pillow {PIL.__version__} reads")
+        return Decoded(None, f"unknown: {_no_format(limits.formats)}")
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as e:
         found = re.search(r"\((\d+) pixels\)", str(e))
-        return _too_large(int(found[1]) if found else None)
+        return _too_large(int(found[1]) if found else None, limits)
     except Exception as e:  # decoders of damaged files raise whatever they stumble over
         return Decoded(None, f"damaged: {_words(e)}")
     return Decoded(picture, note="; ".join(notes) or None)
 
 
 @functools.cache
-def _formats() -> tuple[str, ...]:
-    """The formats above that this Pillow knows; it does not forgive the names of others."""
+def _known(formats: tuple[str, ...]) -> tuple[str, ...]:
+    """Those of the formats that this Pillow knows; it does not forgive the names of others."""
     Image.init()
-    return tuple(name for name in _FORMATS if name in Image.OPEN)
+    return tuple(name for name in formats if name in Image.OPEN)
 
 
-def _too_large(pixels: int | None) -> Decoded:
+def _no_format(formats: tuple[str, ...]) -> str:
+    if formats == _FORMATS:
+        return f"in no format that Pillow {PIL.__version__} reads"
+    return f"in none of the formats {', '.join(formats)}"
+
+
+def _too_large(pixels: int | None, limits: Limits) -> Decoded:
     size = "" if pixels is None else f"{pixels:,} pixels; "
-    return Decoded(None, f"too large: {size}the limit is {MAX_PIXELS:,}")
+    return Decoded(None, f"too large: {size}the limit is {limits.pixels:,}")
+
+
+_MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd7\xff]")
+"""A marker of JPEG that a length follows, or the end: 255 within coded data, and markers that stand alone, are none of these."""
+
+_SCAN, _END = 0xDA, 0xD9
+
+
+def _scans(data: bytes) -> int:
+    """How many scans a JPEG has; counting ends above the limit."""
+    scans, at = 0, 2
+    while scans <= MAX_SCANS and (marker := _MARKER.search(data, at)) is not None:
+        kind = data[marker.end() - 1]
+        if kind == _END:
+            break
+        scans += kind == _SCAN
+        at = marker.end() + int.from_bytes(data[marker.end() : marker.end() + 2], "big")  # the length counts itself
+    return scans
 
 
 def _words(error: Exception) -> str:

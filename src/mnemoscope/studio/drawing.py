@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,11 +10,11 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float
-from PIL import Image
 from torch import Tensor
 
 from ..explain.overlay import Overlay, overlay
 from ..explain.regions import Regions
+from ..similarity.decoding import KEPT, decode
 
 __all__ = ["Drawn", "Shot"]
 
@@ -78,5 +77,6 @@ class Drawn:
 
 def _pixels(file: bytes) -> Float[Tensor, "3 height width"]:
     """A picture file as a tensor in [0, 1]."""
-    image = Image.open(io.BytesIO(file)).convert("RGB")
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
+    read = decode(file, KEPT)
+    assert read.picture is not None, read.reason  # it was drawn and encoded here
+    return torch.from_numpy(np.array(read.picture)).permute(2, 0, 1).float() / 255

@@ -22,13 +22,13 @@ from starlette.responses import HTMLResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
-from ..errors import MnemoscopeError, UnknownName, UsageError
+from ..errors import MnemoscopeError, RunError, UnknownName, UsageError
 from ..records.schema import Row
 from ..records.store import differences, digest
 from ..report import plots
 from ..report.findings import Finding, Shot
 from ..report.html import environment as report_environment
-from ..report.pictures import Picture, Pictures
+from ..report.pictures import Picture, Pictures, Thumbnails
 from ..report.words import reference
 from . import listing
 from .access import Gate
@@ -144,8 +144,9 @@ class _View:
 
 @dataclass(frozen=True)
 class _Opened:
-    """One sample with its pictures."""
+    """One sample with its pictures, and the run as it was when it was opened."""
 
+    run: Snapshot
     row: Row
     finding: Finding
     generated: Picture
@@ -169,6 +170,7 @@ class _Pages:
 
     def __init__(self, library: Library):
         self.library = library
+        self.thumbnails = Thumbnails()
 
     @cached_property
     def env(self) -> Environment:
@@ -211,10 +213,10 @@ class _Pages:
         """One sample: pictures, scores over the steps, the other seeds of its prompt, the whole record."""
         name, query = request.path_params["run"], Query.parse(request.query_params)
         opened = self._open(name, request.query_params.get("id", ""))
-        row, run = opened.row, self.library.run(name)
-        seeds, pictures = run.seeds[row.prompt_id, row.prompt], Pictures(run.folder)
+        row, run = opened.row, opened.run
+        seeds, pictures = run.seeds[row.prompt_id, row.prompt], self._pictures(run)
         rows = [self.library.sample(name, id) for _, id in seeds[:SEEDS]]
-        others = [_Opened(o, opened.finding, pictures.generated(_shot(o), THUMB), None) for o in rows]
+        others = [_Opened(run, o, opened.finding, pictures.generated(_shot(o), THUMB), None) for o in rows]
         return self._page(
             request,
             "sample",
@@ -315,9 +317,15 @@ class _Pages:
     def _open(self, name: str, id: str) -> _Opened:
         row = self.library.sample(name, id)
         run = self.library.run(name)  # after the row, so that it knows of it
-        pictures = Pictures(run.folder)
+        finding = run.findings.get((row.prompt_id, row.prompt))
+        if finding is None:
+            raise RunError(f"{name} changed while it was read; open the page again.")
+        pictures = self._pictures(run)
         near = None if row.nearest is None else pictures.reference(row.nearest, SIDE)
-        return _Opened(row, run.findings[row.prompt_id, row.prompt], pictures.generated(_shot(row), SIDE), near)
+        return _Opened(run, row, finding, pictures.generated(_shot(row), SIDE), near)
+
+    def _pictures(self, run: Snapshot) -> Pictures:
+        return Pictures(run.folder, thumbnails=self.thumbnails)
 
 
 def _shot(row: Row) -> Shot:

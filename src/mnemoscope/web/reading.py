@@ -2,6 +2,9 @@
 
 Nothing here writes. Of every row memory keeps what lists show and sort by, and where its line begins; pictures, per-step
 values and errors stay on the disk until somebody opens the sample.
+
+Many visitors ask at once, and a disk may be slow: no lock is held while a file is read. Of one run only one thread reads at a time, and the
+others are shown what was known before; where nothing was, they wait for that thread, and nobody who asks for another run waits with them.
 """
 
 from __future__ import annotations
@@ -14,15 +17,16 @@ from array import array
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from io import BufferedReader
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 from pydantic import ValidationError
 
 from ..errors import MnemoscopeError, RunError, UnknownName, UsageError
+from ..records.files import file_inside, open_regular
 from ..records.schema import Manifest, Nearest, Row, Score, Thresholds
 from ..records.store import Run, digest
+from ..report.once import Once
 from ..report.summary import Finding, Summary, read_part, summarize
 
 __all__ = ["Entry", "Library", "Line", "Snapshot"]
@@ -134,9 +138,9 @@ class Library:
     def entries(self) -> list[Entry]:
         """Every run, the one that started last first, broken ones at the end."""
         found = self._find()
-        with self._lock:
-            self._counts = {path: self._counts.get(path) or _Count() for path in found.values()}
-            entries = [_entry(name, path, self._counts[path]) for name, path in found.items()]
+        # Two threads may do this at once: what one forgets of the other's counts is only counted again.
+        self._counts = counts = {path: self._counts.get(path) or _Count() for path in found.values()}
+        entries = [_entry(name, path, counts[path]) for name, path in found.items()]
         return sorted(entries, key=lambda e: e.manifest.started if e.manifest else "", reverse=True)
 
     def names(self) -> list[str]:
@@ -223,13 +227,29 @@ class _Stamp(NamedTuple):
     size: int
     changed: int
 
+    @classmethod
+    def of(cls, facts: os.stat_result) -> _Stamp:
+        """From what the system says of a file."""
+        return cls(facts.st_ino, facts.st_size, facts.st_mtime_ns)
+
 
 def _stamp(path: Path) -> _Stamp | None:
     try:
-        found = path.stat()
+        return _Stamp.of(path.stat())
     except OSError:
         return None
-    return _Stamp(found.st_ino, found.st_size, found.st_mtime_ns)
+
+
+def _opened(path: Path) -> BinaryIO:
+    """A file of rows, for reading.
+
+    Raises:
+        RunError: it is gone, leads out of its folder, or is no regular file.
+    """
+    try:
+        return open_regular(file_inside(path.parent, path.name))
+    except OSError as e:
+        raise RunError(f"{path} cannot be read ({e.strerror or e}).") from e
 
 
 class _Replaced(Exception):
@@ -241,6 +261,8 @@ class _Tail:
 
     A last line without an end, or one that does not parse with nothing after it, is still being written or was torn by a kill:
     it is left for the next time. One that others follow is damaged.
+
+    One thread may use it at a time. Between two rows it can be left and asked anew later: it continues after the last row that it gave.
     """
 
     def __init__(self, path: Path):
@@ -258,28 +280,27 @@ class _Tail:
             _Replaced: what was read before is no longer there.
             RunError: the file cannot be read.
         """
-        stamp = _stamp(self.path)
-        if stamp == self._stamp:
+        if _stamp(self.path) == self._stamp:
             return
         try:
-            with self.path.open("rb") as file:
+            with _opened(self.path) as file:
+                stamp = _Stamp.of(os.fstat(file.fileno()))
                 self._check(file, stamp)
                 yield from self._read(file)
         except OSError as e:
             raise RunError(f"{self.path} cannot be read ({e.strerror or e}).") from e
         self._stamp = stamp
 
-    def _check(self, file: BufferedReader, stamp: _Stamp | None) -> None:
+    def _check(self, file: BinaryIO, stamp: _Stamp) -> None:
         before = self._stamp
-        if before is None:
-            return
-        if stamp is None or stamp.inode != before.inode or stamp.size < self._end or stamp.size == before.size:
+        if stamp.size < self._end or (before and (stamp.inode != before.inode or stamp.size == before.size)):
             raise _Replaced
         file.seek(self._end - len(self._last))
         if file.read(len(self._last)) != self._last:
             raise _Replaced
 
-    def _read(self, file: BufferedReader) -> Iterator[tuple[Row, int, int]]:
+    def _read(self, file: BinaryIO) -> Iterator[tuple[Row, int, int]]:
+        """Rows from where ``file`` stands, which is the end of the last one."""
         start, number = self._end, self._number
         waiting: list[str] = []
         for raw in file:
@@ -299,7 +320,7 @@ class _Tail:
 
 
 class _Count:
-    """How many lines the files of a run have, without reading any twice."""
+    """How many lines the files of a run have, without reading any twice. Threads that count at once do the work twice, and both right."""
 
     def __init__(self) -> None:
         self._seen: dict[Path, tuple[_Stamp, int]] = {}
@@ -313,7 +334,7 @@ class _Count:
         if now is None or now == before:
             return lines
         grown = before is not None and now.inode == before.inode and now.size > before.size
-        with path.open("rb") as file:
+        with _opened(path) as file:
             lines, size = (lines, before.size) if grown and before else (0, 0)
             file.seek(size)
             while piece := file.read(1 << 20):
@@ -470,79 +491,102 @@ class _Columns:
         )
 
 
+class _Rows:
+    """All rows of a run that were read so far."""
+
+    def __init__(self) -> None:
+        self.columns = _Columns()
+        self.tails: list[_Tail] = []
+
+
 class _Reader:
-    """One run, kept up to date."""
+    """One run, kept up to date. Safe for several threads: one reads at a time, and the lock is held only between two lines."""
 
     def __init__(self, name: str, folder: Path):
         self.name, self.folder = name, folder
+        self._once: Once[Snapshot] = Once()
         self._lock = threading.Lock()
-        self._made: Snapshot | None = None
+        self._rows = _Rows()
+        self._latest: Snapshot | None = None
         self._due = 0.0
-        self._forget()
-
-    def _forget(self) -> None:
-        self._columns = _Columns()
-        self._tails: list[_Tail] = []
 
     def snapshot(self) -> Snapshot:
         """The run as it is, or as it was a moment ago."""
+        latest = self._latest
+        if latest is not None and self._once.runs(self.name):
+            return latest
+        return self._once.do(self.name, self._now)
+
+    def _now(self) -> Snapshot:
+        """The run as it is, unless that was looked at too recently; one thread at a time."""
+        run = Run(self.folder)
+        version = self._version(run)
+        latest = self._latest
+        if latest is not None and (latest.version == version or time.monotonic() < self._due):
+            return latest
+        began = time.monotonic()
+        thresholds = read_part(self.folder / "thresholds.json", Thresholds.model_validate_json)
+        rows = self._read(run)
+        made = self._make(run, version, rows, thresholds)
         with self._lock:
-            run = Run(self.folder)
-            version = self._version(run)
-            made = self._made
-            if made is not None and (made.version == version or time.monotonic() < self._due):
-                return made
-            began = time.monotonic()
-            self._read(run)
-            self._made = self._make(run, version)
-            now = time.monotonic()
-            self._due = now + REST * (now - began)
-            return self._made
+            self._rows, self._latest = rows, made
+        now = time.monotonic()
+        self._due = now + REST * (now - began)
+        return made
 
     def row(self, id: str) -> Row:
-        """One whole row from the disk."""
-        if id not in self._columns.at:
+        """One whole row from the disk, of a sample that the latest snapshot has."""
+        place = self._place(id)
+        if place is None:
             self.snapshot()
-        with self._lock:
-            i = self._columns.at.get(id)
-            if i is None:
-                raise UnknownName(f"sample in {self.name}", id, ())
-            tail = self._tails[self._columns.file[i]]
-            start, length = self._columns.start[i], self._columns.length[i]
+            place = self._place(id)
+        if place is None:
+            raise UnknownName(f"sample in {self.name}", id, ())
+        path, start, length = place
         try:
-            with tail.path.open("rb") as file:
+            with _opened(path) as file:
                 file.seek(start)
                 row = Row.model_validate_json(file.read(length))
         except (OSError, ValidationError) as e:
-            raise RunError(f"{tail.path} changed while it was read; open the page again.") from e
+            raise _changed(path) from e
         if row.id != id:
-            raise RunError(f"{tail.path} changed while it was read; open the page again.")
+            raise _changed(path)
         return row
+
+    def _place(self, id: str) -> tuple[Path, int, int] | None:
+        """File, offset and length of a row; None: the latest snapshot does not have it."""
+        with self._lock:
+            columns, known = self._rows.columns, 0 if self._latest is None else len(self._latest.samples)
+            i = columns.at.get(id, known)
+            if i >= known:
+                return None
+            return self._rows.tails[columns.file[i]].path, columns.start[i], columns.length[i]
 
     def _version(self, run: Run) -> str:
         files = [self.folder / "run.json", self.folder / "thresholds.json", *run.files()]
         return digest([[p.name, _stamp(p)] for p in files])
 
-    def _read(self, run: Run) -> None:
+    def _read(self, run: Run) -> _Rows:
+        """All rows: those that are known, with what was appended; or all anew where a file was replaced."""
         try:
-            self._append(run)
+            return self._append(self._rows, run)
         except _Replaced:
-            self._forget()
-            self._append(run)
+            return self._append(_Rows(), run)
 
-    def _append(self, run: Run) -> None:
+    def _append(self, rows: _Rows, run: Run) -> _Rows:
         files = run.files()
-        if not {t.path for t in self._tails} <= set(files):
+        if not {t.path for t in rows.tails} <= set(files):
             raise _Replaced
-        self._tails += [_Tail(p) for p in files if p not in {t.path for t in self._tails}]
-        for number, tail in enumerate(self._tails):
+        rows.tails += [_Tail(p) for p in files if p not in {t.path for t in rows.tails}]
+        for number, tail in enumerate(rows.tails):
             for row, start, length in tail.new():
-                self._columns.take(row, number, start, length)
+                with self._lock:  # another thread may be looking up where a row lies
+                    rows.columns.take(row, number, start, length)
+        return rows
 
-    def _make(self, run: Run, version: str) -> Snapshot:
-        columns = self._columns
+    def _make(self, run: Run, version: str, rows: _Rows, thresholds: Thresholds | None) -> Snapshot:
+        columns = rows.columns
         ids = list(columns.at)
-        thresholds = read_part(self.folder / "thresholds.json", Thresholds.model_validate_json)
         summary = summarize(columns, run.manifest, thresholds, name=self.folder.name)
         findings = {(f.prompt_id, f.prompt): f for f in (*summary.findings, *summary.variants)}
         members: dict[tuple[str, str], list[int]] = {}
@@ -553,12 +597,16 @@ class _Reader:
             folder=self.folder,
             version=version,
             summary=summary,
-            damaged=tuple(sentence for tail in self._tails for sentence in tail.damaged),
+            damaged=tuple(sentence for tail in rows.tails for sentence in tail.damaged),
             prompts=[_prompt_line(f, columns, ids, members[key]) for key, f in findings.items()],
             samples=[columns.line(i, id, summary.detector) for i, id in enumerate(ids)],
             findings=findings,
             seeds={key: sorted((columns.seed[i], ids[i]) for i in rows) for key, rows in members.items()},
         )
+
+
+def _changed(path: Path) -> RunError:
+    return RunError(f"{path} changed while it was read; open the page again.")
 
 
 def _prompt_line(finding: Finding, columns: _Columns, ids: list[str], members: list[int]) -> Line:
