@@ -15,13 +15,18 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+from . import redaction
+
 __all__ = ["CannotAudit", "MnemoscopeError", "ModelFault", "RunError", "UnknownName", "UsageError"]
 
 
 class MnemoscopeError(Exception):
-    """The root of all errors that mnemoscope raises on purpose."""
+    """The root of all errors that mnemoscope raises on purpose; its message holds no secret that it was given to quote."""
 
     exit_code = 1
+
+    def __init__(self, *message: object):
+        super().__init__(*(redaction.text(part) if isinstance(part, str) else part for part in message))
 
 
 class UsageError(MnemoscopeError):

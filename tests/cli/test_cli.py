@@ -42,6 +42,13 @@ def test_opens_without_torch(module):
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
+def test_no_module_of_the_working_directory_is_imported(tmp_path):
+    (tmp_path / "typer.py").write_text("open('ran', 'w')")
+    done = subprocess.run([sys.executable, "-m", "mnemoscope", "--help"], cwd=tmp_path, capture_output=True, text=True)
+    assert "Quick start: mnemoscope demo" in done.stdout
+    assert not (tmp_path / "ran").exists()
+
+
 def test_help_names_every_command(run):
     code, out, _ = run("--help")
     assert code == 0

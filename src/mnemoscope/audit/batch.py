@@ -21,6 +21,7 @@ from jaxtyping import Bool, Float
 from PIL import Image
 from torch import Tensor
 
+from .. import redaction
 from ..detect.base import AnyDetector, Detector, stepwise
 from ..errors import ModelFault
 from ..models.base import Condition, Target
@@ -132,7 +133,8 @@ class Examiner:
 
     def failed(self, sample: Sample, error: BaseException) -> Row:
         """The row of a sample that raised."""
-        return _bare(sample).model_copy(update={"status": "error", "error": f"{type(error).__name__}: {error}"[:2000]})
+        why = redaction.text(f"{type(error).__name__}: {error}")[:2000]
+        return _bare(sample).model_copy(update={"status": "error", "error": why})
 
     def _trajectory(self, batch: Sequence[Sample], noise: Latents, first_null: Latents | None) -> Iterator[Step]:
         cond = self._texts([s.prompt.text for s in batch]) if self.target.has_text else None

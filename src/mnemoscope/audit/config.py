@@ -12,6 +12,7 @@ from typing import Any, Literal, TypeAlias, get_args
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from .. import redaction
 from ..errors import UnknownName, UsageError
 from ..plugins import document_options, options_of
 from ..records.documents import require_reachable
@@ -219,6 +220,16 @@ class AuditConfig(_Settings):
         except ValidationError as e:
             raise _sentence(e) from None
 
+    @field_validator("model_options")
+    @classmethod
+    def _without_gaps(cls, value: dict[str, Any]) -> dict[str, Any]:
+        if not redaction.is_complete(value):
+            raise UsageError(
+                "model_options come from a record, which keeps no secret; give the value, or leave the option out."
+            )
+        redaction.remember(value)
+        return value
+
     @field_validator("detectors", mode="before")
     @classmethod
     def _one_name(cls, value: Any) -> Any:
@@ -309,9 +320,9 @@ class AuditConfig(_Settings):
         return self.model_copy(update={"detectors": detectors})
 
     def stored(self) -> dict[str, Any]:
-        """The configuration as plain values, for the manifest."""
+        """The configuration as plain values without secrets, for the manifest."""
         plain = self.model_dump(mode="json", by_alias=True, exclude={"prompts"})
-        return plain | {"prompts": None if self.prompts is None else self.prompts.stored()}
+        return redaction.cleaned(plain | {"prompts": None if self.prompts is None else self.prompts.stored()})
 
     def with_window(self, steps: int) -> AuditConfig:
         """The same, with this many leading steps for every detector that has a window (takes ``steps``).

@@ -12,6 +12,7 @@ from typing import Any
 
 from safetensors.torch import save as save_tensors
 
+from .. import redaction
 from ..errors import RunError
 from ..measure.base import Measure, spec_of
 from ..measure.invmm import Course, InvMM, Stored
@@ -89,10 +90,10 @@ def measured(
     """
     require_no_captions(method.target, pictures)
     folder = Path(out) / "pictures"
-    setting = {
+    setting = redaction.cleaned({
         "target": method.target.identity(), "preset": asdict(method.preset), "descriptor": method.descriptor.identity(),
         "beta": method.beta,
-    }  # fmt: skip
+    })  # fmt: skip
     ids = [digest([hashlib.sha256(picture_bytes(p.file)).hexdigest(), p.caption, setting]) for p in pictures]
     begin(method, setting, ids, out, command)
     cheap = {m.name: m for m in [*companions, *([screen.measure] if screen else [])]}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import platform
 import re
-import subprocess
 from collections.abc import Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -20,6 +19,7 @@ from ..detect.base import AnyDetector, build
 from ..errors import CannotAudit, RunError, UnknownName, UsageError
 from ..models import identity
 from ..models.base import Target
+from ..records.checkout import checkout
 from ..records.schema import Manifest
 from ..records.store import Run, differences, digest, sample_id
 from .batch import Reference, Sample
@@ -314,40 +314,6 @@ def versions(packages: Iterable[str] = PACKAGES) -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
-
-
-GIT_PATIENCE = 5.0
-"""Seconds that git may take to answer."""
-
-ELSEWHERE = frozenset({"GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_COMMON_DIR"})
-"""Variables, set inside git's own hooks, that make git speak of another checkout than the working directory's."""
-
-
-def checkout() -> dict[str, Any] | None:
-    """Commit of the git checkout that the command runs in, and whether tracked files differ from it.
-
-    Returns:
-        ``{"commit": …, "dirty": True, False or None (not known)}``; None: no checkout, no commit yet, or no git.
-    """
-    commit = _git("rev-parse", "--verify", "HEAD")
-    if commit is None:
-        return None
-    # Untracked files do not count: run folders are such files.
-    changes = _git("status", "--porcelain", "--untracked-files=no")
-    return {"commit": commit.decode().strip(), "dirty": None if changes is None else bool(changes.strip())}
-
-
-def _git(*words: str) -> bytes | None:
-    """What git says about the working directory; None: nothing. Asking writes nothing there and starts no monitor."""
-    environment = {k: v for k, v in os.environ.items() if k not in ELSEWHERE} | {"GIT_OPTIONAL_LOCKS": "0"}
-    command = ["git", "-c", "core.fsmonitor=false", *words]
-    try:
-        done = subprocess.run(
-            command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, timeout=GIT_PATIENCE, check=False
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout if done.returncode == 0 else None
 
 
 def machine(target: Target) -> dict[str, Any]:

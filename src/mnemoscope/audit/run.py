@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from typing import Any, Literal
 
 import torch
 
+from .. import redaction
 from ..detect.base import AnyDetector
 from ..detect.calibrate import Calibration, read_log
 from ..detect.magnitude import Magnitude
@@ -312,7 +314,8 @@ class Session:
         except Exception as e:
             error = e
         if len(batch) == 1:
-            log.info("sample %s failed", batch[0].id, exc_info=error)
+            where = "".join(traceback.format_exception(error))
+            log.info("sample %s failed\n%s", batch[0].id, redaction.text(where))
             return [self.examiner.failed(batch[0], error)]
         if not isinstance(error, torch.OutOfMemoryError):
             return [row for sample in batch for row in self.attempt([sample])]

@@ -11,13 +11,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from .. import redaction
 from ..measure.invmm import InvMM, Stored
 from ..models import identity
 from ..models.base import Condition, mix
+from ..records.checkout import checkout
 from ..records.measures import DRAWS, NAME, draw_file, is_measures, read_request, target_file
 from ..records.store import digest, write_whole
 from .batch import webp
-from .request import checkout, machine, now, versions
+from .request import machine, now, versions
 
 __all__ = ["begin", "keep_pictures"]
 
@@ -41,7 +43,7 @@ def begin(method: InvMM, setting: dict[str, Any], ids: Sequence[str], out: str |
     if before is not None and before.under == digest(plain):
         ids = [*(before.asked or ()), *ids]
         kept = {"started": before.started or now(), "levels": before.levels, "command": before.command}
-    kept["command"] = command or kept.get("command", "")
+    kept["command"] = redaction.text(command or kept.get("command", ""))
     facts = {
         **plain, "under": digest(plain), "asked": list(dict.fromkeys(ids)), "guidance": _usual(method), "versions": versions(),
         "machine": machine(method.target), "git": checkout(), **kept,

@@ -13,7 +13,7 @@ import typer
 
 from ..errors import MnemoscopeError, UsageError
 from ..programs import allow_program
-from . import screen
+from . import output, screen
 from .duplicates import duplicates
 from .explain import explain
 from .gate import gate
@@ -688,6 +688,7 @@ def _write_pictures(images: Any, folder: Path) -> list[str]:
 
 def main() -> None:
     """Entry point: one sentence and an exit code for everything a user can cause."""
+    output.filtered()
     try:
         code = app(standalone_mode=False)
     except typer.Exit as e:

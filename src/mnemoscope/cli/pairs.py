@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from .. import redaction
 from ..errors import UsageError
 
 
@@ -25,7 +26,7 @@ def read_pairs(option: str, pairs: Iterable[str] | None, example: str) -> dict[s
     """Values as YAML reads them, so that 3 is a number and true is a switch; what is no YAML stays text.
 
     Raises:
-        UsageError: a pair without ``=``.
+        UsageError: a pair without ``=``, or with what a record has in the place of a secret.
     """
     import yaml
 
@@ -38,6 +39,11 @@ def read_pairs(option: str, pairs: Iterable[str] | None, example: str) -> dict[s
             found[name] = yaml.safe_load(text)
         except yaml.YAMLError:
             found[name] = text
+        if not redaction.is_complete(found[name]):
+            raise UsageError(
+                f"{option} {name} comes from a record, which keeps no secret; give the value, or leave it out."
+            )
+    redaction.remember(found)
     return found
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import shlex
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -13,6 +12,9 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import typer
+
+from .. import redaction
+from . import output
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -35,20 +37,20 @@ def log_to_stderr(verbosity: int) -> None:
     """Python's logging, ours and the libraries', on stderr: 1 is INFO, 2 DEBUG, 0 leaves it as it is."""
     if verbosity:
         handler = logging.StreamHandler()
-        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s", "%H:%M:%S"))
+        handler.setFormatter(output.FORMAT)
         logging.root.addHandler(handler)
         logging.root.setLevel(logging.DEBUG if verbosity > 1 else logging.INFO)
 
 
 def command() -> str:
-    """The command line that repeats what runs."""
-    return shlex.join(["mnemoscope", *sys.argv[1:]])
+    """The command line that repeats what runs, without secrets."""
+    return redaction.command_line(["mnemoscope", *sys.argv[1:]])
 
 
 def say(text: str) -> None:
     """A line of talk on stderr."""
     if not QUIET:
-        print(text, file=sys.stderr, flush=True)
+        print(text, file=output.own_stderr(), flush=True)
 
 
 def say_target(target: Target) -> None:
@@ -59,7 +61,7 @@ def say_target(target: Target) -> None:
 
 def fail(text: str) -> None:
     """An error sentence on stderr, quiet or not."""
-    print(f"mnemoscope: {text}", file=sys.stderr, flush=True)
+    print(f"mnemoscope: {redaction.text(text)}", file=output.own_stderr(), flush=True)
 
 
 def show_json(value: Any) -> None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TextIO
 import typer
 
 from ..errors import UnknownName, UsageError
-from . import screen
+from . import output, screen
 from .pairs import model_options
 from .view import address, bound
 
@@ -140,8 +140,9 @@ def serve(
             print(address(host, listening.getsockname()[1]), flush=True)
             asks = "asks for the key; " if key else ""
             screen.say(f"Serves {endpoint.limits.model} at /v1/images/generations; {asks}Ctrl-C ends it.")
-            # Uvicorn's own deadline comes after ours, and only for what does not keep to it.
-            answer(app, listening, lifespan="on", grace=grace + 2, leaving=lambda: endpoint.leave(float(grace)))
+            with output.without_prompts():
+                # Uvicorn's own deadline comes after ours, and only for what does not keep to it.
+                answer(app, listening, lifespan="on", grace=grace + 2, leaving=lambda: endpoint.leave(float(grace)))
         except KeyboardInterrupt:
             raise typer.Exit(0) from None
 

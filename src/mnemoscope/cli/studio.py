@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import UsageError
-from . import screen
+from . import output, screen
 from .opening import bundled_calibration, reference_set
 from .pairs import model_options
 from .view import address, bound
@@ -86,7 +86,8 @@ def studio(
         asks = "; asks for the token once: add ?token=… to the address" if token else ""
         screen.say(f"Open this address in a browser{asks}. Ctrl-C ends it.")
         try:
-            serve(app, listening, lifespan="on")
+            with output.without_prompts():
+                serve(app, listening, lifespan="on")
         except KeyboardInterrupt:
             raise typer.Exit(0) from None
 

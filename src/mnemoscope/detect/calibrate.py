@@ -23,7 +23,7 @@ from jaxtyping import Float
 from numpy import ndarray
 from pydantic import ValidationError
 
-from .. import stats
+from .. import redaction, stats
 from ..errors import UnknownName, UsageError
 from ..models.identity import PROVENANCE, plain
 from ..records.files import read_inside
@@ -36,14 +36,14 @@ __all__ = ["PROVENANCE", "Calibration", "Logged", "method_of", "read_log", "sett
 
 
 def method_of(detector: AnyDetector) -> dict[str, Any]:
-    """What makes one detector's scores differ from another's: its name, its class, and the plain values it was built from.
+    """What makes one detector's scores differ from another's: its name, its class, and the plain values it was built from, but secrets.
 
     Args:
         detector: Fresh: its public attributes are its options, and what it will remember is private or not there yet.
     """
     kinds = (bool, int, float, str, tuple, list)
     options = {k: v for k, v in vars(detector).items() if not k.startswith("_") and isinstance(v, kinds)}
-    return {"name": detector.name, "class": type(detector).__qualname__, "options": plain(options)}
+    return {"name": detector.name, "class": type(detector).__qualname__, "options": redaction.cleaned(plain(options))}
 
 
 def setting_of(

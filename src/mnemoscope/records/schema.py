@@ -6,11 +6,19 @@ seen. ``format`` changes only when old readers would misread a file.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+from .. import redaction
 
 FORMAT = 1
+
+Words = Annotated[str, AfterValidator(redaction.text)]
+"""A text without secrets."""
+
+Plain = Annotated[dict[str, Any], AfterValidator(redaction.cleaned)]
+"""Plain values without secrets."""
 
 
 class Record(BaseModel):
@@ -105,18 +113,18 @@ class Manifest(Record):
     format: int = FORMAT
     kind: Literal["audit", "check", "demo", "calibrate"] = "audit"
     status: Literal["running", "done", "incomplete", "interrupted"] = "running"
-    command: str = ""
+    command: Words = ""
     """The command that repeats this run."""
-    config: dict[str, Any] = Field(default_factory=dict)
+    config: Plain = Field(default_factory=dict)
     """The resolved configuration."""
     setting: dict[str, Any] = Field(default_factory=dict)
     """The part of it that every score depends on; sample ids are hashes of it, the prompt and the seed."""
-    target: dict[str, Any] = Field(default_factory=dict)
+    target: Plain = Field(default_factory=dict)
     """Identity of the model: weight hashes, adapters, scheduler, dtype, resolution."""
     versions: dict[str, str] = Field(default_factory=dict)
     git: dict[str, Any] | None = None
-    """``commit`` of the git checkout that the command ran in, and whether tracked files differed from it (``dirty``; null: it
-    took too long to say). None: it ran in no checkout."""
+    """``commit`` of the git checkout that the command ran in, and whether tracked files differed from it (``dirty``; null: not
+    known, as git itself is not run). None: it ran in no checkout."""
     machine: dict[str, Any] = Field(default_factory=dict)
     """Device, dtype and why, threads, batch size that was used."""
     started: str = ""
@@ -125,7 +133,7 @@ class Manifest(Record):
     """Rows the run is meant to have."""
     forwards: int = 0
     """Denoiser forwards in all, shared work included."""
-    notes: list[str] = Field(default_factory=list)
+    notes: list[Words] = Field(default_factory=list)
     """What was not tested, and why."""
     accepted: list[str] = Field(default_factory=list)
     """Where the threshold's setting differs from this run's, if it was accepted nevertheless."""

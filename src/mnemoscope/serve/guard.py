@@ -307,7 +307,9 @@ class Guard:
         """
         self.metrics.failed(self.name, type(error).__name__)
         how = "closed" if self.closed else "open"
-        log.warning("guard %s failed %s: %s", self.name or self.target.name, how, error)
+        # Without the message of a library's error: it may quote the prompt.
+        why = str(error) if isinstance(error, MnemoscopeError) else type(error).__name__
+        log.warning("guard %s failed %s: %s", self.name or self.target.name, how, why)
         if self.closed:
             raise GuardError(f"the guard failed, and it fails closed: {error}") from error
 

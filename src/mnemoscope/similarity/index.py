@@ -24,6 +24,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from .. import redaction
 from ..errors import ModelFault, RunError, UsageError
 from ..records.files import hash_file
 from ..records.store import differences, explained, whole
@@ -167,7 +168,9 @@ class ReferenceIndex:
         pictures = open_source(source, column=column, id_column=id_column)
         maker = descriptor if isinstance(descriptor, str) else None
         made = build(descriptor, options) if isinstance(descriptor, str) else descriptor
-        record = DescriptorRecord(name=made.name, identity=made.identity(), maker=maker, options=dict(options or {}))
+        record = DescriptorRecord(
+            name=made.name, identity=made.identity(), maker=maker, options=redaction.without_secrets(options or {})
+        )
         files = _opened(Path(folder), record, made, dtype)
         with IndexWriter(files) as writer:
             session = _Session(files, writer, made, pictures, prefix, batch, progress)

@@ -71,7 +71,7 @@ class DescriptorRecord(Record):
     identity: dict[str, Any]
     """Hash of the weights and preprocessing: an index answers only the descriptor that has the same."""
     maker: str | None = None
-    """Name under which it is installed, and its options: how to make it again. None: it was handed in."""
+    """Name under which it is installed, and its options but secret ones: how to make it again. None: it was handed in."""
     options: dict[str, Any] = Field(default_factory=dict)
 
 

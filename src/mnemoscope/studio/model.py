@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shlex
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -13,6 +12,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from .. import redaction
 from ..audit.batch import Reference, webp
 from ..audit.config import AuditConfig, PromptSource
 from ..audit.run import Progress, audit
@@ -216,4 +216,4 @@ def _command(config: AuditConfig) -> str:
     for name, value in config.model_options.items():
         words += ["--model-option", f"{name}={value}"]
     words += [f"--{name.replace('_', '-')}" for name in ("images", "accept_threshold") if getattr(config, name)]
-    return shlex.join(words)
+    return redaction.command_line(words)

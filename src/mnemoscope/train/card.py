@@ -7,12 +7,12 @@ is what the audit that it names finds out.
 from __future__ import annotations
 
 import json
-import shlex
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .. import redaction
 from ..records.canaries import Reading
 from ..records.store import write_whole
 from .data import TrainingSet
@@ -55,7 +55,8 @@ def write_card(prepared: Prepared, trained: Trained, readings: Sequence[Reading]
         _worst(prepared, trained),
         _audit(prepared, trained),
     ]
-    return write_whole(prepared.folder / "README.md", ("\n\n".join(p for p in parts if p) + "\n").encode())
+    card = redaction.text("\n\n".join(p for p in parts if p) + "\n")
+    return write_whole(prepared.folder / "README.md", card.encode())
 
 
 def _front(prepared: Prepared) -> str:
@@ -202,7 +203,8 @@ def _audit(prepared: Prepared, trained: Trained) -> str:
     ]
     return (
         "Whether the model copies its training pictures has not been tested. This scores all of its captions:\n\n"
-        f"    {shlex.join(command)}\n\nand `--reference`, with an index of the pictures, looks for copies among its generations."
+        f"    {redaction.command_line(command)}\n\nand `--reference`, with an index of the pictures, looks for copies among its "
+        f"generations."
     )
 
 

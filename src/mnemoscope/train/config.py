@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from .. import redaction
 from ..errors import UnknownName, UsageError
 from ..records.store import short
 
@@ -157,6 +158,12 @@ class TrainConfig(BaseModel):
         except ValidationError as e:
             raise _sentence(e) from None
 
+    @field_validator("model_options")
+    @classmethod
+    def _remember_secrets(cls, value: dict[str, Any]) -> dict[str, Any]:
+        redaction.remember(value)
+        return value
+
     @field_validator("model", "data", "out", "clean", mode="before")
     @classmethod
     def _path(cls, value: Any) -> Any:
@@ -214,9 +221,13 @@ class TrainConfig(BaseModel):
         return self.filter == "auto" or (self.running_scores is not None and not isinstance(self.filter, str))
 
     def identity(self) -> dict[str, Any]:
-        """The settings that what is learned depends on, as plain values. A constant learning rate lets a training be prolonged."""
+        """The settings that what is learned depends on, as plain values. A constant learning rate lets a training be prolonged.
+
+        Secrets are none of them: a training goes on with another token or with none.
+        """
         free = FREE | ({"steps"} if self.schedule == "constant" else set())
-        return {k: v for k, v in self.model_dump(mode="json").items() if k not in free}
+        known = {k: v for k, v in self.model_dump(mode="json").items() if k not in free}
+        return known | {"model_options": redaction.without_secrets(known["model_options"])}
 
 
 def _sentence(error: ValidationError) -> UsageError:

@@ -11,6 +11,7 @@ from typing import Any
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
+from .. import redaction
 from ..similarity.reading import Anything
 from .config import TrainConfig
 from .loop import Loop, Progress, Trained
@@ -54,7 +55,9 @@ def plan(config: TrainConfig) -> Plan:
         batch = config.batch_size * config.accumulate * accelerator.num_processes
         filtered = config.filter is not None or config.running_scores is not None
         return Plan(
-            settings={**config.model_dump(mode="json"), "resolution": side, "lr": config.learning_rate},
+            settings=redaction.cleaned(
+                {**config.model_dump(mode="json"), "resolution": side, "lr": config.learning_rate}
+            ),
             pictures=len(found),
             problems=[{"id": p.id, "reason": p.reason} for p in found.problems],
             batch=batch,

@@ -20,6 +20,7 @@ from starlette.requests import HTTPConnection
 from starlette.responses import PlainTextResponse, RedirectResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from .. import redaction
 from ..errors import UsageError
 
 __all__ = ["HEADERS", "Gate", "KeyGate", "hosts", "is_loopback"]
@@ -114,6 +115,7 @@ class Gate:
         self.variable, self.methods, self.headers = variable, methods, headers
         self.digits = not is_loopback(host)
         self.token = token
+        redaction.remember({"token": token})
         # The cookie is not the token itself: browsers send cookies to every port of a host.
         self.pass_ = hmac.new((token or "").encode(), b"mnemoscope view", hashlib.sha256).hexdigest()
         self.cookie = f"{COOKIE}-{self.pass_[:8]}"  # which is why two servers need two names

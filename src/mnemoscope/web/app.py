@@ -107,6 +107,7 @@ def server(
     """What :func:`serve` runs, for whoever wants to end it from another thread."""
     config = uvicorn.Config(
         app,
+        log_config=None,  # whoever runs us has one way for all logs
         log_level="warning",
         access_log=False,
         server_header=False,
