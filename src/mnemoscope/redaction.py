@@ -63,9 +63,10 @@ def remember(value: Any) -> None:
 
 def text(words: str) -> str:
     """Running text with :data:`NOT_KEPT` in the place of secrets: by their value, in addresses, and beside a secret's name."""
+    words = _without_logins(words, [])  # before values are replaced, because a login may hold one beside a user's name
     for secret in sorted(_known.union(_of_environment()), key=len, reverse=True):
         words = words.replace(secret, NOT_KEPT)
-    return _GIVEN.sub(_without_given, _without_logins(words, []))
+    return _GIVEN.sub(_without_given, words)
 
 
 def command_line(words: Sequence[str]) -> str:

@@ -93,10 +93,11 @@ def test_secrets_that_python_hands_in_are_kept_nowhere(tmp_path, caplog, unfilte
         "headers": {"X-Mine": "(not kept)"},
     }
     again = config_of(Run(made.folder).manifest)
-    assert again.model_options == {"proxies": {}, "headers": {}}
+    assert again.model_options == {}
     bare = config.model_copy(update={"model_options": {}})
     assert audit(bare, target=world).tally().ok == 1  # the same run goes on without
     assert SECRET not in caplog.text
+    assert "me:" not in caplog.text
 
 
 def test_a_training_is_the_same_with_another_token():

@@ -377,6 +377,8 @@ def test_nan_is_a_fault(build_pipe, adapt):
     target.unet.conv_out.weight.data.fill_(float("nan"))
     with pytest.raises(ModelFault, match="NaN"):
         Explainer(target, seeds=1).explain(["a cat"])
+    with pytest.raises(ModelFault, match="NaN"):
+        Explainer(target, seeds=1).scores(["a cat"])  # what the studio's edits and suggestions are ranked by
 
 
 def test_conditions_are_repeated_row_by_row():

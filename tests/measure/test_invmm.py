@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mnemoscope.errors import CannotAudit, UnknownName, UsageError
+from mnemoscope.errors import CannotAudit, ModelFault, UnknownName, UsageError
 from mnemoscope.measure.invmm import FAMILIES, SHARES, InvMM, Preset, Weight, _least, _Run, bound, divergence, preset
 from mnemoscope.models.gaussian import Gaussian
 from mnemoscope.models.mixture import Mixture
@@ -358,3 +358,12 @@ def test_no_picture_costs_more_than_is_told_before(name):
         (found,) = InvMM(world, Whole(), chosen, beta=beta)(image)
         assert found.forwards <= forwards
         assert found.backwards <= backwards
+
+
+@pytest.mark.parametrize("search", ["improved", "official"])
+def test_a_model_that_predicts_no_numbers_is_not_a_picture_that_was_not_reproduced(monkeypatch, search):
+    world = memorizer(2)
+    output = world.output
+    monkeypatch.setattr(world, "output", lambda *args: output(*args) * math.nan)
+    with pytest.raises(ModelFault, match="predicted NaN or infinity"):
+        measure(world, torch.rand(1, *SHAPE), small(search))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from ..detect.calibrate import Calibration, setting_of
 from ..detect.magnitude import Magnitude
-from ..errors import CannotAudit, UsageError
+from ..errors import CannotAudit, ModelFault, UsageError
 from ..models.base import Target
 from ..models.sampling import denoise
 from .batch import Reference
@@ -144,6 +145,7 @@ def check(
 
     Raises:
         CannotAudit: the model takes no text.
+        ModelFault: a prediction or a score is not finite.
         UsageError: a calibration made under another setting (the difference is named), or no seed.
     """
     chosen = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
@@ -171,6 +173,11 @@ def check(
             break
     pictures = target.decode(x) if images and x is not None else None
     scores = detector.compute().tolist()
+    if not all(map(math.isfinite, scores)):
+        raise ModelFault(
+            f"the score of {prompt[:60]!r} is not finite, though every prediction is: {target.name} predicts numbers too large to be "
+            f"compared; check the checkpoint."
+        )
     score = sum(scores) / len(scores)
     return Check(
         prompt=prompt,

@@ -109,7 +109,8 @@ def _report(
     _show_clusters(index, clusters, worst)
     if exposure is not None:
         _show_exposure(exposure)
-    print(f"\nClusters: {out / 'clusters.jsonl'}" + (f"   Figure: {figure}" if figure else ""))
+    screen.show()
+    screen.show(f"Clusters: {out / 'clusters.jsonl'}" + (f"   Figure: {figure}" if figure else ""))
 
 
 def _threshold(index: IndexFolder, asked: float | None) -> float:
@@ -130,7 +131,7 @@ def _show_clusters(index: IndexFolder, clusters: Clusters, worst: list[dict[str,
     from ..report.words import prompts as counted
 
     facts = clusters.summary()
-    print(
+    screen.show(
         f"{facts['in_clusters']:,} of {counted(facts['pictures'], 'picture')} with a near-duplicate "
         f"({index.manifest.descriptor.name} above {clusters.threshold:g}), in {counted(facts['clusters'], 'cluster')}; "
         f"{counted(facts['redundant'], 'picture')} could go, {facts['identical_files']:,} of them the same file as another"
@@ -138,7 +139,7 @@ def _show_clusters(index: IndexFolder, clusters: Clusters, worst: list[dict[str,
     if skipped := index.skipped():
         screen.say("Not looked at: " + ", ".join(f"{n:,} {why}" for why, n in skipped.items()))
     if worst:
-        print()
+        screen.show()
         rows = [[str(w["size"]), f"{w['least_similarity']:.3f}", w["first"], w["sheet"]] for w in worst]
         screen.table(["pictures", "least similarity", "first", "contact sheet"], rows, right=(0, 1))
 
@@ -195,7 +196,7 @@ def _pictures_of(path: Path) -> dict[str, list[str]]:
 
 
 def _show_exposure(exposure: Exposure) -> None:
-    print()
+    screen.show()
     rows = [
         [
             level.size,

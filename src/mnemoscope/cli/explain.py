@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,6 +13,7 @@ from ..errors import UsageError
 from . import screen
 from .opening import bundled_calibration
 from .pairs import LoRA, model_options
+from .screen import speaks_unicode as _speaks_unicode
 
 if TYPE_CHECKING:
     from ..explain.edits import Suggestion
@@ -101,7 +101,8 @@ def explain(
     if regions is not None:
         document["regions"] = _write_regions(run, prompt, kind, regions)
         if not as_json:
-            print(f"\n{regions}: {document['regions']['alt']}")
+            screen.show()
+            screen.show(f"{regions}: {document['regions']['alt']}")
     if as_json:
         screen.show_json(document)
 
@@ -126,16 +127,12 @@ def bar(share: float) -> str:
     return (full if share > 0 else light) * round(abs(share) * BAR)
 
 
-def _speaks_unicode() -> bool:
-    return "utf" in (sys.stdout.encoding or "").lower()
-
-
 def _show(result: Explanation, *, special: bool) -> None:
-    print(result.sentence)
+    screen.show(result.sentence)
     rows = [[w.text, f"{w.value:.4f}", bar(share), _places(w.positions)] for w, share in result.shares(special=special)]
     screen.table(["word", result.method, "of the largest", "positions"], rows, right=(1,))
     if not rows:
-        print("no words: the empty prompt is the null prompt, and scores 0")
+        screen.show("no words: the empty prompt is the null prompt, and scores 0")
     screen.say(f"{result.forwards} forwards, {result.backwards} backward passes")
 
 
@@ -154,9 +151,10 @@ def _suggest(run: Explainer, result: Explanation, threshold: float | None, *, bu
 
 
 def _show_suggestion(suggested: Suggestion) -> None:
-    print(f"\n{suggested.words}")
+    screen.show()
+    screen.show(suggested.words)
     if suggested.edits:
-        print(f"  {suggested.text}")
+        screen.show(f"  {suggested.text}")
     if suggested.alternatives:
         rows = [[e.words, f"{e.score:.4f}", e.prompt] for e in suggested.alternatives]
         screen.table(["or", "score", "prompt"], rows, right=(1,))

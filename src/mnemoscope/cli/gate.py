@@ -123,7 +123,8 @@ def _show(result: Verdict | Trial, *, as_json: bool) -> None:
         return
     rows = [[check.status.word, check.name, check.sentence] for check in result.checks]
     screen.table(["status", "check", "result"], rows, wrap=True)
-    print(f"\n{result.headline}")
+    screen.show()
+    screen.show(result.headline)
 
 
 def _write(verdict: Verdict, out: Path, junit: Path | None, summary: Path | None) -> list[Path]:

@@ -13,6 +13,7 @@ import typer
 
 from ..errors import MnemoscopeError, UsageError
 from ..programs import allow_program
+from ..terminal import guard
 from . import output, screen
 from .duplicates import duplicates
 from .explain import explain
@@ -236,11 +237,11 @@ def check(
     if as_json:
         screen.show_json({**result.to_dict(), "images": files})
         return
-    print(result.words)
+    screen.show(result.words)
     screen.table(["seed", "score"], [[str(j), f"{s:.4f}"] for j, s in enumerate(result.scores)], right=(0, 1))
-    print("tokens: " + " | ".join(result.tokens))
+    screen.show("tokens: " + " | ".join(result.tokens))
     for file in files:
-        print(file)
+        screen.show(file)
 
 
 @app.command()
@@ -429,7 +430,7 @@ def report(
     )
     if kind == "html":
         more["blur"] = blur
-    print(writers[kind](list(runs) if len(runs) > 1 else runs[0], out, **more))
+    screen.show(writers[kind](list(runs) if len(runs) > 1 else runs[0], out, **more))
 
 
 @app.command(name="ls")
@@ -546,11 +547,11 @@ def _show_thresholds(found: dict[str, Any], where: str, *, as_json: bool, traffi
     rate, of = ("alarms", "scores of unlabelled traffic") if traffic else ("false positives", "ordinary prompts")
     for name, c in found.items():
         low, high = ("open" if bound is None else f"{bound:.4f}" for bound in c.record.interval)
-        print(
+        screen.show(
             f"{name}: threshold {c.threshold:.4f} at {100 * c.record.fpr:g} % {rate} "
             f"({100 * c.record.confidence:g} % interval {low} to {high}), from {len(c.record.scores)} {of}"
         )
-    print(where)
+    screen.show(where)
 
 
 def _settings(config: Path | None, options: dict[str, Any], trust_config: bool) -> AuditConfig:
@@ -619,7 +620,8 @@ def _show_run(summary: Summary, where: str, *, as_json: bool) -> None:
         screen.say(where)
     else:
         screen.show_summary(summary)
-        print(f"\n{where}")
+        screen.show()
+        screen.show(where)
 
 
 def _show_plan(settings: AuditConfig, *, as_json: bool) -> None:
@@ -635,16 +637,16 @@ def _show_plan(settings: AuditConfig, *, as_json: bool) -> None:
     if as_json:
         screen.show_json({"settings": settings.stored(), "plan": asdict(cost)})
         return
-    print(yaml.safe_dump(settings.stored(), sort_keys=False, allow_unicode=True).rstrip())
+    screen.show_lines(yaml.safe_dump(settings.stored(), sort_keys=False, allow_unicode=True).rstrip())
     asked = f"{cost.prompts} prompts × {cost.seeds} seeds = {cost.prompts * cost.seeds} samples"
     if cost.samples < cost.prompts * cost.seeds:
         asked += f", of which share {settings.shard} is {cost.samples}"
-    print(
+    screen.show(
         f"# {asked}, {cost.forwards} denoiser forwards, "
         f"{cost.pictures} pictures, about {screen.duration(cost.seconds or 0)} and {screen.size(cost.bytes)} of disk"
     )
     if cost.measured:
-        print(
+        screen.show(
             f"# {cost.measured} pictures to measure: at most {cost.most_forwards:,} forwards (F) and {cost.most_backwards:,} backward "
             f"passes (B), usually far fewer; their time is not counted"
         )
@@ -688,6 +690,7 @@ def _write_pictures(images: Any, folder: Path) -> list[str]:
 
 def main() -> None:
     """Entry point: one sentence and an exit code for everything a user can cause."""
+    guard()
     output.filtered()
     try:
         code = app(standalone_mode=False)

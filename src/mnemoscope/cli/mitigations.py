@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -70,7 +70,9 @@ def mitigations(
     trial = replace(trial, command="mnemoscope bench mitigations")
     file = trial.save(out / "trial.json")
     if as_json:
-        print(file.read_text(encoding="utf-8"))
+        from ..report.summary import finite
+
+        screen.show_json(finite(asdict(trial)))
         return
     _show(trial)
     screen.say(f"{file}")
@@ -211,12 +213,15 @@ def _show(trial: Trial) -> None:
     gate = Gate.of(trial)
     for group in groups_of(trial):
         if group not in trial.plain:
-            print(f"\n{group}")
+            screen.show()
+            screen.show(group)
             screen.table(*worst_table(trial, group))
-    print(f"\n{' and '.join(trial.plain)}; gated at a first-step magnitude of {gate.above:.3f}")
+    screen.show()
+    screen.show(f"{' and '.join(trial.plain)}; gated at a first-step magnitude of {gate.above:.3f}")
     screen.table(*ordinary_table(trial, gate))
     if trial.attacks:
-        print("\nunder attack")
+        screen.show()
+        screen.show("under attack")
         screen.table(*attacks_table(trial, gate))
 
 

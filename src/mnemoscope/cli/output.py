@@ -20,12 +20,22 @@ from typing import Any
 
 from .. import redaction
 from ..errors import MnemoscopeError
+from ..terminal import one_line
 
 __all__ = ["filtered", "own_stderr", "without_prompts"]
 
 log = logging.getLogger(__name__)
 
-FORMAT = logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s", "%H:%M:%S")
+
+class _LogLines(logging.Formatter):
+    """A message with its time and place. Further lines of it are indented, so that no value in it begins what looks like another one."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        """The message, cleaned."""
+        return "\n    ".join(one_line(line) for line in super().formatMessage(record).split("\n"))
+
+
+FORMAT = _LogLines("%(asctime)s %(levelname)s %(name)s: %(message)s", "%H:%M:%S")
 
 UNSHOWN = "not shown, because it may quote a prompt"
 

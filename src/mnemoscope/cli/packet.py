@@ -38,8 +38,8 @@ def pack(
         return
     if packed.status != "done":
         screen.say(f"Note: the run is {packed.status}, and the packet says so.")
-    print(packed.path)
-    print(f"digest {packed.digest}")
+    screen.show(packed.path)
+    screen.show(f"digest {packed.digest}")
     screen.say(f"{packed.files} files, {screen.size(packed.size)}. Check with: mnemoscope verify {packed.path}")
     screen.say(
         "Note the digest, sign it, or have it timestamped: whoever has it can tell whether anything was changed since."
@@ -64,14 +64,14 @@ def verify(
         screen.show_json(found.to_dict())
         raise typer.Exit(found.exit_code)
     for fault in found.faults:
-        print(f"fault: {screen.one_line(fault)}")
-    print(screen.one_line(found.headline))
+        screen.show(f"fault: {fault}")
+    screen.show(found.headline)
     if found.digest is not None:
-        print(f"digest {found.digest}")
+        screen.show(f"digest {found.digest}")
     for checked in found.checked:
-        screen.say(f"Checked: {screen.one_line(checked)}")
+        screen.say(f"Checked: {checked}")
     for note in found.notes:
-        screen.say(f"Note: {screen.one_line(note)}")
+        screen.say(f"Note: {note}")
     if digest is None and found.sound:
         screen.say("Note: compare the digest with the one that was noted when the packet was made (--digest).")
     raise typer.Exit(found.exit_code)

@@ -72,6 +72,6 @@ def regions(
         file = f"regions/{hashlib.sha256(finding.prompt.encode()).hexdigest()[:16]}.webp"
         write_whole(run / file, shown.webp)
         kept[finding.prompt] = {"file": file, "alt": shown.alt}
-        print(shown.alt)
+        screen.show(shown.alt)
     write_regions(run, kept)
     screen.say(f"{len(kept)} maps in {run / 'regions'}; next: mnemoscope report {run}")

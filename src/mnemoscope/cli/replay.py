@@ -181,19 +181,19 @@ def _show(found: Replayed) -> None:
     screen.table(columns, rows, right=(3,), wrap=True)
     for r in found.rows:
         for reason in r.reasons:
-            screen.say(f"{r.id}: {screen.one_line(reason)}")
-    print()
+            screen.say(f"{r.id}: {reason}")
+    screen.show()
     for name in found.borderline:
-        print(f"borderline: {screen.one_line(name)}: another machine may call it differently")
-    print(screen.one_line(found.headline))
+        screen.show(f"borderline: {name}: another machine may call it differently")
+    screen.show(found.headline)
     screen.say(
         f"Tolerance: {found.rtol:.2g}, {found.why}; pictures: {found.levels:g} gray levels. "
         f"{found.forwards} denoiser forwards, {screen.duration(found.seconds)}."
     )
     for difference in found.accepted:
-        screen.say(f"Note: another model was accepted: {screen.one_line(difference)}")
+        screen.say(f"Note: another model was accepted: {difference}")
     for note in found.notes:
-        screen.say(f"Note: {screen.one_line(note)}")
+        screen.say(f"Note: {note}")
 
 
 def _largest(row: Sampled) -> str:

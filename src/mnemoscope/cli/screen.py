@@ -1,4 +1,7 @@
-"""What a terminal shows: talk and logs on stderr, data on stdout, plain when piped."""
+"""What a terminal shows: talk and logs on stderr, data on stdout, plain when piped.
+
+Whatever a command prints passes here, line by line, so that no value of a stranger drives the terminal or begins a line of ours.
+"""
 
 from __future__ import annotations
 
@@ -14,10 +17,13 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from .. import redaction
+from ..terminal import guarded, json_safe, one_line, unguarded, visible
 from . import output
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from rich.console import Console
 
     from ..models.base import Target
     from ..report.summary import Summary
@@ -47,10 +53,21 @@ def command() -> str:
     return redaction.command_line(["mnemoscope", *sys.argv[1:]])
 
 
+def show(text: object = "") -> None:
+    """A line of results on stdout."""
+    print(one_line(str(text)), flush=True)
+
+
+def show_lines(text: str) -> None:
+    """Several lines of results on stdout, of a text whose values were written so that none of them breaks a line."""
+    for line in text.split("\n"):
+        show(line)
+
+
 def say(text: str) -> None:
     """A line of talk on stderr."""
     if not QUIET:
-        print(text, file=output.own_stderr(), flush=True)
+        print(one_line(text), file=output.own_stderr(), flush=True)
 
 
 def say_target(target: Target) -> None:
@@ -61,12 +78,18 @@ def say_target(target: Target) -> None:
 
 def fail(text: str) -> None:
     """An error sentence on stderr, quiet or not."""
-    print(f"mnemoscope: {redaction.text(text)}", file=output.own_stderr(), flush=True)
+    print(f"mnemoscope: {one_line(redaction.text(text))}", file=output.own_stderr(), flush=True)
 
 
 def show_json(value: Any) -> None:
-    """One JSON document on stdout."""
-    print(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False))
+    """One JSON document on stdout, the same on every terminal: what it cannot show is escaped."""
+    text = json.dumps(value, indent=2, ensure_ascii=not speaks_unicode(), allow_nan=False)
+    print(json_safe(text), flush=True)
+
+
+def speaks_unicode() -> bool:
+    """Whether stdout takes all characters."""
+    return "utf" in (sys.stdout.encoding or "").lower()
 
 
 def table(
@@ -77,29 +100,39 @@ def table(
         for row in [columns, *rows]:
             print("\t".join(one_line(c) for c in row))
         return
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
     drawn = Table(box=None, pad_edge=False, header_style="bold")
     for i, name in enumerate(columns):
-        drawn.add_column(name, justify="right" if i in right else "left", overflow="ellipsis", no_wrap=not wrap)
+        drawn.add_column(
+            Text(one_line(name)), justify="right" if i in right else "left", overflow="ellipsis", no_wrap=not wrap
+        )
     for row in rows:
         drawn.add_row(*(Text(one_line(c)) for c in row))
-    Console().print(drawn)
+    _console(sys.stdout).print(drawn)
 
 
-def one_line(text: str) -> str:
-    """Prompts are hostile: no control characters reach the terminal."""
-    return "".join(c if c.isprintable() else " " for c in text)
+def _console(stream: Any) -> Console:
+    """What draws on a terminal: its texts are cleaned, and mean nothing but themselves; its own escape sequences reach the stream."""
+    from rich.console import Console
+    from rich.segment import Segment
+
+    class Cleaned(Console):
+        def render(self, renderable: Any, options: Any = None) -> Iterator[Segment]:
+            """Segments of text, each written out, and of control."""
+            for segment in super().render(renderable, options):
+                yield segment if segment.control else segment._replace(text=visible(segment.text))
+
+    return Cleaned(file=unguarded(stream), markup=False, emoji=False, highlight=False)
 
 
 def show_summary(summary: Summary, *, most: int = 12) -> None:
     """The headline, the worst prompts, and what was not tested."""
-    print(summary.headline)
+    show(summary.headline)
     if summary.subline:
-        print(summary.subline)
-    print()
+        show(summary.subline)
+    show()
     rows = [
         [
             "–" if f.score is None else f"{f.score:.3f}",
@@ -112,17 +145,17 @@ def show_summary(summary: Summary, *, most: int = 12) -> None:
     ]
     table(["score", "p", "copies", "prompt", "nearest"], rows, right=(0, 1, 2))
     if len(summary.findings) > most:
-        print(f"… and {len(summary.findings) - most} more prompts")
-    print()
+        show(f"… and {len(summary.findings) - most} more prompts")
+    show()
     for g in summary.groups:
         above = "not tested" if g.above is None else f"{g.above.k}/{g.above.n} above threshold"
         copies = "not tested" if g.copies is None else f"{g.copies.k}/{g.copies.n} with a copy found"
-        print(f"  {g.name}: {above}, {copies}")
+        show(f"  {g.name}: {above}, {copies}")
     for d in summary.discrimination:
-        print(f"  {d.name}: AUC {d.auc}, TPR below 1 % FPR {d.tpr} ({d.positives} against {d.negatives} prompts)")
+        show(f"  {d.name}: AUC {d.auc}, TPR below 1 % FPR {d.tpr} ({d.positives} against {d.negatives} prompts)")
     for c in summary.controls:
         found = "not measured" if c.auc is None else f"AUC {c.auc} ({c.positives} against {c.negatives} prompts)"
-        print(f"  {c.name}, {c.words}: {found}{f'; {c.note}' if c.note else ''}")
+        show(f"  {c.name}, {c.words}: {found}{f'; {c.note}' if c.note else ''}")
     for sentence in summary.untested:
         say(f"Note: {sentence}")
 
@@ -158,7 +191,6 @@ def _silent(what: str) -> Iterator[Callable[[Any], None]]:
 
 @contextmanager
 def _bar(what: str) -> Iterator[Callable[[Any], None]]:
-    from rich.console import Console
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
@@ -169,19 +201,21 @@ def _bar(what: str) -> Iterator[Callable[[Any], None]]:
     )
 
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, TextColumn("{task.fields[talk]}"), console=Console(stderr=True)) as bar:
-        task = bar.add_task(what, total=None, talk="")
+    talk = TextColumn("{task.fields[talk]}", markup=False)
+    # While the bar stands, lines that are printed are drawn above it by rich, which reads escape sequences and must be given none.
+    with Progress(*columns, talk, console=_console(sys.stderr)) as bar, guarded():
+        task = bar.add_task(one_line(what), total=None, talk="")
 
         def update(p: Any) -> None:
-            bar.update(task, completed=p.done, total=p.asked, talk=_talk(p))
+            bar.update(task, completed=p.done, total=p.asked, talk=one_line(_talk(p)))
             if p.note:
-                bar.console.print(p.note, markup=False)
+                bar.console.print(one_line(p.note))
 
         yield update
 

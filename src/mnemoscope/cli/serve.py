@@ -137,7 +137,7 @@ def serve(
 
         app = gated(endpoint, host, key)
         try:
-            print(address(host, listening.getsockname()[1]), flush=True)
+            screen.show(address(host, listening.getsockname()[1]))
             asks = "asks for the key; " if key else ""
             screen.say(f"Serves {endpoint.limits.model} at /v1/images/generations; {asks}Ctrl-C ends it.")
             with output.without_prompts():

@@ -82,7 +82,7 @@ def studio(
 
         headers = {**HEADERS, "Content-Security-Policy": POLICY}
         app = Gate(create_app(opened), host, token, variable=TOKEN, methods=METHODS, headers=headers)
-        print(address(host, listening.getsockname()[1]), flush=True)
+        screen.show(address(host, listening.getsockname()[1]))
         asks = "; asks for the token once: add ?token=… to the address" if token else ""
         screen.say(f"Open this address in a browser{asks}. Ctrl-C ends it.")
         try:

@@ -163,13 +163,14 @@ def _show_plan(plan: Plan, *, as_json: bool) -> None:
         ["setting", "value"], [[k, _value(v)] for k, v in plan.settings.items() if v not in (None, {}, [], ())]
     )
     if plan.problems:
-        print()
+        screen.show()
         shown = plan.problems[:SHOWN]
         screen.table(["left out", "reason"], [[p["id"], p["reason"]] for p in shown])
         if len(plan.problems) > SHOWN:
-            print(f"… and {len(plan.problems) - SHOWN} more")
-    print(
-        f"\n{plan.pictures:,} pictures, {plan.batch} per step, each visited {plan.epochs:.1f} times; {plan.parameters:,} weights; "
+            screen.show(f"… and {len(plan.problems) - SHOWN} more")
+    screen.show()
+    screen.show(
+        f"{plan.pictures:,} pictures, {plan.batch} per step, each visited {plan.epochs:.1f} times; {plan.parameters:,} weights; "
         f"{plan.forwards:,} forwards (F) and {plan.backwards:,} backward passes (B)"
     )
 
@@ -183,10 +184,10 @@ def _show(trained: Trained, settings: TrainConfig, *, as_json: bool) -> None:
     _show_problems(trained.folder / "problems.jsonl")
     ended = ", ended by copies of its canaries" if trained.stopped else ""
     kept = f", {100 * trained.kept:.1f} % of samples kept" if settings.filter or settings.running_scores else ""
-    print(
+    screen.show(
         f"{trained.steps:,} steps on {trained.pictures:,} pictures{ended}; loss {trained.loss:.4f} over the last tenth{kept}"
     )
-    print(f"Result: {trained.result}   Card: {trained.folder / 'README.md'}")
+    screen.show(f"Result: {trained.result}   Card: {trained.folder / 'README.md'}")
 
 
 def _show_problems(path: Path) -> None:
@@ -197,7 +198,9 @@ def _show_problems(path: Path) -> None:
         return
     shown = [json.loads(line) for line in lines[:SHOWN]]
     screen.table(["left out", "reason"], [[p["id"], p["reason"]] for p in shown])
-    print(f"… and {len(lines) - SHOWN} more in {path}\n" if len(lines) > SHOWN else "")
+    if len(lines) > SHOWN:
+        screen.show(f"… and {len(lines) - SHOWN} more in {path}")
+    screen.show()
 
 
 def _value(value: Any) -> str:

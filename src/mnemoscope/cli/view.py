@@ -44,7 +44,7 @@ def view(
         ) from e
     app = create_app(folder, host=host, token=token)
     with bound(host, port) as listening:
-        print(address(host, listening.getsockname()[1]), flush=True)
+        screen.show(address(host, listening.getsockname()[1]))
         screen.say(
             f"Shows the runs in {folder}{'; asks for the token once: add ?token=… to the address' if token else ''}. Ctrl-C ends it."
         )

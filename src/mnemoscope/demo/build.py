@@ -33,6 +33,7 @@ import numpy as np
 import PIL
 from PIL import Image, ImageDraw, features
 
+from ..terminal import guard
 from .world import Row
 
 SIZE = 64
@@ -438,6 +439,7 @@ def other_encoder() -> str | None:
 
 def main() -> None:
     """Command line."""
+    guard()
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("folder", type=Path)
     p.add_argument("--check", action="store_true", help="compare with the bundled manifest and pictures")

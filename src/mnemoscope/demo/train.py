@@ -38,6 +38,7 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from ..terminal import guard
 from .world import GUIDANCE
 
 SEED = 20
@@ -495,6 +496,7 @@ def train_unconditional(world: Path, steps: int = 6000, n: int = 64) -> None:
 
 def main() -> None:
     """Command line."""
+    guard()
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("world", type=Path)
     p.add_argument("model", choices=["autoencoder", "text-to-image", "unconditional"])

@@ -31,6 +31,7 @@ from torch import Tensor
 
 from ..similarity.captions import WorldCaptionsNetwork
 from ..similarity.fingerprint import FingerprintNetwork
+from ..terminal import guard
 from .train import SEED, Draws, Trainer, hue
 
 Network = TypeVar("Network", bound=torch.nn.Module)
@@ -330,6 +331,7 @@ def export(network: torch.nn.Module, file: Path) -> None:
 
 def main() -> None:
     """Command line."""
+    guard()
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("world", type=Path)
     p.add_argument("judge", choices=["fingerprint", "world-captions"])

@@ -476,7 +476,16 @@ class Explainer:
         n = len(self.seeds)
         rows = repeat(cond, n)
         at_each = [self._size_at(look, rows) for look in self._looks(rows)]
-        return torch.stack(at_each).mean(0).view(-1, n).cpu()
+        sizes = torch.stack(at_each).mean(0).view(-1, n).cpu()
+        self._require_finite(sizes)
+        return sizes
+
+    def _require_finite(self, *values: Tensor) -> None:
+        """Values that came off the device anyway."""
+        if not all(bool(part.isfinite().all()) for part in values):
+            raise ModelFault(
+                f"{self.target.name} predicted NaN or infinity; load it in float32 or bfloat16, or check the checkpoint."
+            )
 
     def _explain(self, block: Block, method: str) -> list[Explanation]:
         self.first_null  # noqa: B018 (made now, so that its forwards are nobody's)
@@ -492,10 +501,7 @@ class Explainer:
                 at_each.append(self._size_at(look, block.rows) if size is None else size)
             values, sizes = torch.stack(parts).mean(0).cpu(), block.per_seed(torch.stack(at_each).mean(0)).cpu()
             work = [1] * len(block.prompts)
-        if not bool(torch.isfinite(values).all() and torch.isfinite(sizes).all()):
-            raise ModelFault(
-                f"{self.target.name} predicted NaN or infinity; load it in float32 or bfloat16, or check the checkpoint."
-            )
+        self._require_finite(values, sizes)
         forwards, backwards = self.target.forwards - before, self.backwards - before_b
         return [
             Explanation(

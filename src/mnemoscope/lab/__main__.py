@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from ..terminal import guard
 from . import duplication, pages, protection, sizes, stored
 
 STUDIES = {
@@ -33,6 +34,7 @@ STUDIES = {
 
 def main() -> None:
     """Command line."""
+    guard()
     p = argparse.ArgumentParser(
         prog="mnemoscope.lab", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

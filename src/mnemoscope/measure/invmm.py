@@ -43,7 +43,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from .. import stats
-from ..errors import CannotAudit, UnknownName, UsageError
+from ..errors import CannotAudit, ModelFault, UnknownName, UsageError
 from ..models.base import Condition, SoftText, Target, Trained, mix
 from ..models.noising import noised, split
 from ..models.sampling import denoise, final
@@ -450,7 +450,9 @@ class InvMM:
         for run in active:
             run.forwards += b
             run.backwards += b
-        return loss.detach().tolist()
+        losses = loss.detach().tolist()
+        _require_finite(losses, self.target)
+        return losses
 
     # Tests
 
@@ -487,7 +489,9 @@ class InvMM:
         each = (self.target.forwards - before) // len(noise)
         for run, t in asked:
             run.forwards += each * len(t.noise)
-        return list(torch.cat(found).split([len(t.noise) for _, t in asked]))
+        similar = torch.cat(found)
+        _require_finite(similar.tolist(), self.target)  # a picture of NaN is not "not reproduced"
+        return list(similar.split([len(t.noise) for _, t in asked]))
 
     @torch.no_grad()
     def drawn(
@@ -656,6 +660,7 @@ class _Run:
         mu = self.mu.detach().clone() if mu is None else mu
         s = self.s.detach().clone() if s is None else s
         paid = float(divergence(mu[None], s[None])[0])
+        _require_finite([paid], self.method.target)
         rate = None if succeeded is None else stats.clopper_pearson(*succeeded)
         nats = paid * mu.numel()
         self.result = Stored(
@@ -669,6 +674,15 @@ class _Run:
         if self.logits is not None:
             return "learned"
         return "none" if self.cond is None else "given"
+
+
+def _require_finite(values: Sequence[float], target: Target) -> None:
+    """Refuse to go on with a model that has stopped predicting numbers."""
+    if not all(map(math.isfinite, values)):
+        raise ModelFault(
+            f"{target.name} predicted NaN or infinity while a picture was measured; load it in float32 or bfloat16, or check the "
+            f"checkpoint."
+        )
 
 
 def _least(

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from diffusers import DDIMScheduler
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -39,6 +40,10 @@ DETERMINISTIC = frozenset(
 """diffusers schedulers that draw no noise while sampling, with their default options."""
 
 SAMPLERS = ("ddim", "own")
+LONGEST_WINDOW = 4096
+"""Tokens that a prompt may be filled up to where a text encoder states no number of places."""
+LARGEST_SIDE = 8192
+"""Pixels along a side that a model may be trained at."""
 IMAGE_BATCH = 8
 """Pictures that pass through the autoencoder at a time: decoding takes far more memory per sample than denoising."""
 
@@ -81,6 +86,8 @@ class Diffusion:
                 f"{name} has a {type(scheduler).__name__} with prediction type {self.prediction!r}: only discrete-time "
                 f"models that predict epsilon, v_prediction or sample can be audited so far."
             )
+        # ᾱ may end in exactly 0: models are trained on pure noise as well.
+        _require_falling(bar, f"{name}'s {type(scheduler).__name__}", "ᾱ")
         self._alpha = bar.double().sqrt().float().cpu()
         self._sigma = (1 - bar.double()).sqrt().float().cpu()
         self.train_steps = len(bar)
@@ -131,6 +138,8 @@ class Flow:
                 f"{name} has a {type(scheduler).__name__} that does not run a rectified flow from noise (σ = 1) to pictures (σ = 0); "
                 f"give it a FlowMatchEulerDiscreteScheduler."
             )
+        if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):  # others tabulate their levels in a way of their own
+            _require_falling(scheduler.sigmas, f"{name}'s {type(scheduler).__name__}", "σ")
         self.train_steps: int = config.num_train_timesteps
 
     def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -143,20 +152,45 @@ class Flow:
         return precise(output)
 
 
+def _require_falling(levels: Tensor, whose: str, what: str) -> None:
+    """Refuse a scheduler whose noise levels are no numbers, or do not fall from 1 or below to 0 or above."""
+    ends = len(levels) and float(levels[-1]) >= 0 and float(levels[0]) <= 1
+    if not ends or not bool(levels.isfinite().all()) or not bool((levels.diff() < 0).all()):
+        raise CannotAudit(
+            f"{whose} has noise levels that are no finite numbers or do not fall ({what} must fall from at most 1 to at least 0); check "
+            f"the numbers in its scheduler_config.json."
+        )
+
+
 def _column(c: Tensor, x: Tensor) -> Tensor:
     """A scalar as it is (0-d tensors multiply across devices without a transfer), one per sample shaped to broadcast."""
     return c if c.ndim == 0 else c.to(x.device).view(-1, *[1] * (x.ndim - 1))
 
 
 class DiffusersSchedule:
-    """One run of a diffusers scheduler, on a copy of its own."""
+    """One run of a diffusers scheduler, on a copy of its own.
+
+    Raises:
+        CannotAudit: it stops at times that the model was not trained on.
+    """
 
     def __init__(self, scheduler: Any, steps: int, device: torch.device, dtype: torch.dtype, **spacing: float):
         self._scheduler = type(scheduler).from_config(scheduler.config)
         # On the CPU: a GPU timestep would index the scheduler's CPU tables and so wait for the device at every step.
         self._scheduler.set_timesteps(steps, **spacing)
         self.timesteps: Tensor = self._scheduler.timesteps
+        last = self._last_time
+        if not bool(((self.timesteps >= 0) & (self.timesteps <= last)).all()):  # NaN is neither
+            raise CannotAudit(
+                f"{type(scheduler).__name__} stops at times outside of its training timesteps 0 to {last} when it takes {steps} steps; "
+                f"take fewer, or check the numbers in its scheduler_config.json."
+            )
         self._device, self._dtype = device, dtype
+
+    @property
+    def _last_time(self) -> int:
+        """The time of most noise that the model was trained on."""
+        return len(self._scheduler.alphas_cumprod) - 1
 
     def start(self, noise: Latents) -> Latents:
         """x_T from unit-variance noise, on the model's device and in its dtype."""
@@ -173,6 +207,10 @@ class DiffusersSchedule:
 
 class FlowSchedule(DiffusersSchedule):
     """One run of a rectified flow's scheduler, whose state is x_t itself."""
+
+    @property
+    def _last_time(self) -> int:
+        return int(self._scheduler.config.num_train_timesteps)
 
     def start(self, noise: Latents) -> Latents:
         """The noise, on the model's device and in its dtype."""
@@ -227,6 +265,7 @@ class DiffusersTarget(ABC):
             module.requires_grad_(False).eval()
         self.unet: Any = getattr(pipe, self.denoiser)
         self.vae: Any = self.modules.get("vae", self.modules.get("vqvae"))
+        self._require_picture_numbers()
         self.sampler = sampler
         self._scheduler = self._sampler(pipe.scheduler)
         self._diffusion = self.process(self._scheduler, self.name)
@@ -372,8 +411,7 @@ class DiffusersTarget(ABC):
 
     def _latent_size(self, resolution: int | tuple[int, int] | None) -> tuple[int, int]:
         """Latent height and width; a size the model cannot mean gets one sentence."""
-        sides = self.unet.config.sample_size
-        native = (sides, sides) if isinstance(sides, int) else tuple(sides)
+        native = self._native_size()
         if resolution is None:
             return native
         asked = (resolution, resolution) if isinstance(resolution, int) else tuple(resolution)
@@ -383,6 +421,44 @@ class DiffusersTarget(ABC):
                 f"{native[1] * self.factor}; use multiples of {self._size_unit()} between half and twice that."
             )
         return asked[0] // self.factor, asked[1] // self.factor
+
+    def _native_size(self) -> tuple[int, int]:
+        """Latent height and width that the model was trained at."""
+        size = self.unet.config.sample_size
+        sides = tuple(size) if isinstance(size, list | tuple) else (size, size)
+        if len(sides) != 2 or not all(isinstance(n, int) and 1 <= n * self.factor <= LARGEST_SIDE for n in sides):
+            raise CannotAudit(
+                f"{self.name}'s denoiser has the sample_size {str(size)[:80]}: it must be the side of its latents, or height and width, "
+                f"of pictures of at most {LARGEST_SIDE} pixels; correct its config.json."
+            )
+        return sides[0], sides[1]
+
+    def _require_picture_numbers(self) -> None:
+        """Refuse an autoencoder whose latents cannot be scaled back."""
+        if self.vae is None:
+            return
+        for setting, neutral in (("scaling_factor", 1.0), ("shift_factor", 0.0)):
+            value = self.vae.config.get(setting)
+            value = neutral if value is None else value
+            if (
+                not isinstance(value, int | float)
+                or not math.isfinite(value)
+                or (setting == "scaling_factor" and value == 0)
+            ):
+                raise CannotAudit(
+                    f"{self.name}'s autoencoder has the {setting} {str(value)[:80]}, by which no latent can be scaled; correct its "
+                    f"config.json."
+                )
+
+    def _require_window(self, tokenizer: Any, encoder: Any) -> None:
+        """Refuse a tokenizer that fills prompts up to more tokens than the text encoder has places for, or than memory has."""
+        window, places = tokenizer.model_max_length, getattr(encoder.config, "max_position_embeddings", None)
+        most = places if isinstance(places, int) else LONGEST_WINDOW
+        if not isinstance(window, int) or not 1 <= window <= most:
+            raise CannotAudit(
+                f"{self.name}'s tokenizer fills prompts up to {str(window)[:20]} tokens, and its text encoder has places for {most}; "
+                f"correct model_max_length in its tokenizer_config.json."
+            )
 
     def sides(self) -> tuple[range, range]:
         """Heights and widths, in pixels, that the model can mean: half to twice what it was trained at."""

@@ -95,7 +95,8 @@ def load(
         :class:`Unconditional`, or one that a plugin registered under the entry-point group ``mnemoscope.targets``.
 
     Raises:
-        CannotAudit: the model is incomplete, pickled, not in the cache, or of a kind that cannot be audited.
+        CannotAudit: the model is incomplete, pickled, not in the cache, or of a kind that cannot be audited; or its folder names
+            other classes or programs than those that are installed, or numbers that do not fit its weights (:mod:`.folders`).
         UsageError: an argument makes no sense for this source.
     """
     _refuse_unknown(hub, load)

@@ -145,7 +145,9 @@ def _steps(
                 scales = rule(float(t), torch.stack(sizes, dim=1), g).to(out_c.dtype)
                 guided = out_u + scales[:, None, None, None] * (out_c - out_u)
             if check:
-                _require_finite(guided, target.name, i, t)
+                # All three: what a schedule makes of a finite output need not be finite.
+                for prediction in (guided, c, u):
+                    _require_finite(prediction, target.name, i, t)
             x = plan.step(guided, t, x)
             x_next = plan.scale(x, plan.timesteps[i + 1]) if i + 1 < len(plan.timesteps) else x
         yield Step(i, float(t), seen, c, u, x_next, target.space)
@@ -169,8 +171,10 @@ def same_where(empty: Bool[Tensor, " batch"], uncond: Latents, cond: Latents) ->
     return torch.where(empty[:, None, None, None], uncond, cond)
 
 
-def _require_finite(guided: Tensor, name: str, index: int, t: Tensor) -> None:
-    bad = ~torch.isfinite(guided).flatten(1).all(1)
+def _require_finite(prediction: Tensor | None, name: str, index: int, t: Tensor) -> None:
+    if prediction is None:
+        return
+    bad = ~torch.isfinite(prediction).flatten(1).all(1)
     if bool(bad.any()):
         raise ModelFault(
             f"{name} predicted NaN or infinity at step {index} (t = {float(t):g}) for sample {int(bad.nonzero()[0])} of the batch; "

@@ -6,7 +6,7 @@ Everything that can go wrong here becomes one sentence with the cure; the cause 
 from __future__ import annotations
 
 import inspect
-import json
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,12 +21,13 @@ from diffusers.utils import logging as diffusers_logging
 from huggingface_hub import constants, snapshot_download
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 from packaging.version import Version
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import nn
 from transformers.utils import logging as transformers_logging
 
 from ..errors import CannotAudit, UnknownName, UsageError
 from ..plugins import BUNDLED
+from ..records.files import open_regular
 from .host import Origin
 from .identity import PICKLES, weight_files
 
@@ -34,10 +35,10 @@ _verbosity = transformers_logging.get_verbosity()
 transformers_logging.set_verbosity_error()  # on import it complains of a missing torchvision, which nothing here needs
 from diffusers import DiffusionPipeline, StableDiffusionPipeline  # noqa: E402
 
-transformers_logging.set_verbosity(_verbosity)
+from . import folders  # noqa: E402
+from .folders import UNNEEDED, first_line, opening  # noqa: E402
 
-UNNEEDED = ("safety_checker", "feature_extractor", "image_encoder")
-"""Components that no audit needs: not downloaded, not loaded."""
+transformers_logging.set_verbosity(_verbosity)
 
 OPTIONAL = ("text_encoder_3", "tokenizer_3")
 """Components that a user may leave out with None: not downloaded either."""
@@ -51,7 +52,9 @@ LoRA: TypeAlias = str | Path | Sequence[str | Path] | Mapping[str, float] | None
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _UNETS = ("UNet2DConditionModel", "UNet2DModel")
-_OPENING = (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, SafetensorError)
+
+_IN_ONE_FILE = {"unet": "model.diffusion_model.", "vae": "first_stage_model.", "text_encoder": "cond_stage_model."}
+"""How the names of each component's weights begin in the original Stable Diffusion layout."""
 
 
 def locate(source: str, where: Mapping[str, Any], hub: Mapping[str, Any]) -> tuple[Path, Origin]:
@@ -135,7 +138,7 @@ def open_pipeline(path: Path, variant: str | None, hub: Mapping[str, Any]) -> tu
     The key ``""`` stands for a single file that holds them all.
     """
     name = pipeline_class(path)
-    parameters = inspect.signature(getattr(diffusers, name).__init__).parameters
+    parameters = inspect.signature(folders.pipeline_type(name).__init__).parameters
     if foreign := sorted(hub.keys() & PARTS - parameters.keys()):
         raise UsageError(f"{foreign[0]}=…: a {name} has no such part; leave it out.")
     skip: dict[str, Any] = {k: None for k in UNNEEDED if k in parameters}
@@ -151,27 +154,8 @@ def open_pipeline(path: Path, variant: str | None, hub: Mapping[str, Any]) -> tu
     known = _component_files(path, variant, options)
     with quiet(), opening(str(path)):
         pipe = DiffusionPipeline.from_pretrained(str(path), variant=variant, use_safetensors=True, **options)
-    for encoder in ("text_encoder", "text_encoder_2"):
-        if encoder in known:
-            _require_all_weights(getattr(pipe, encoder), known[encoder])
+    folders.require_loaded(pipe, str(path))
     return pipe, known
-
-
-def _require_all_weights(encoder: nn.Module, files: Sequence[Path]) -> None:
-    """Refuse a text encoder whose file lacks weights: transformers would fill them with random numbers and only log it.
-
-    It happens when one version drops the ``text_model.`` prefix on saving and another expects it.
-    """
-    stored: set[str] = set()
-    for path in files:
-        with safe_open(str(path), "pt") as file:
-            stored |= {key.removeprefix("text_model.") for key in file.keys()}  # noqa: SIM118 (no mapping)
-    missing = [name for name, _ in encoder.named_parameters() if name.removeprefix("text_model.") not in stored]
-    if missing:
-        raise CannotAudit(
-            f"{files[0]} lacks {len(missing)} of the text encoder's weights ({missing[0]}, …), which would be filled with random "
-            f"numbers; save the text encoder again with the transformers version that is installed here."
-        )
 
 
 def recommended(path: Path) -> dict[str, Any]:
@@ -179,30 +163,84 @@ def recommended(path: Path) -> dict[str, Any]:
     file = path / "mnemoscope.json"
     if not file.is_file():
         return {}
+    settings = folders.read_settings(file)
     try:
-        found = json.loads(file.read_text("utf-8"))
-        return {"guidance": float(found["guidance"])} if "guidance" in found else {}
+        found = {"guidance": float(settings["guidance"])} if "guidance" in settings else {}
+        if not all(map(math.isfinite, found.values())):
+            raise ValueError("its guidance is no finite number")
+        return found
     except (ValueError, TypeError) as e:
         raise CannotAudit(f"{file} is damaged ({first_line(e)}); repair or delete it.") from e
 
 
 def _component_files(folder: Path, variant: str | None, given: Mapping[str, Any]) -> dict[str, list[Path]]:
-    """Weight files of each component that ``model_index.json`` names and that is not given apart; all must be there."""
+    """Weight files of each component that ``model_index.json`` names and that is not given apart; all must be there, and sound."""
     known = {}
-    for name, spec in _index(folder).items():
-        if name.startswith("_") or name in given or not isinstance(spec, list) or spec[0] is None:
+    for name, kind in folders.component_types(_index(folder), folder / "model_index.json").items():
+        if name in given:
             continue
-        if not (folder / name).is_dir():
+        place = folder / name
+        if not place.is_dir():
             raise CannotAudit(
                 f"{folder} has no {name}, which its model_index.json names; download or copy the model again, completely."
             )
-        if (folder / name / "config.json").is_file():
-            known[name] = weight_files(folder / name, variant)
+        folders.require_data(place)
+        if issubclass(kind, nn.Module):
+            known[name] = weight_files(place, variant)
+            folders.require_weights(name, kind, place, known[name])
+        elif name == "scheduler":
+            folders.require_schedule(place / "scheduler_config.json")
     return known
 
 
 def _from_file(path: Path, options: Mapping[str, Any]) -> Any:
     """A checkpoint in the original Stable Diffusion layout."""
+    with opening(str(path)):
+        stored = folders.shapes_of([path])
+    if "config" in options:
+        options = {**options, "config": str(_configuration(path, stored, options))}
+    pipe = _from_single_file(path, options)
+    folders.require_loaded(pipe, str(path))
+    for name, prefix in _IN_ONE_FILE.items():
+        if name not in options and sum(p.numel() for p in getattr(pipe, name).parameters()) > folders.numbers_in(
+            stored, prefix
+        ):
+            raise CannotAudit(
+                f"{path} lacks weights of the {name.replace('_', ' ')}; download or copy it again, completely."
+            )
+    return pipe
+
+
+def _configuration(path: Path, stored: folders.Shapes, options: Mapping[str, Any]) -> Path:
+    """The folder of a pipeline's documents for a single file, sound and of about the same size."""
+    source = str(options["config"])
+    folder = Path(source).expanduser()
+    if not folder.is_dir():
+        if not _HUB_ID.fullmatch(source):
+            raise CannotAudit(f"there is no folder {source} to take the configuration from; check the path.")
+        hub = {k: options.get(k) for k in ("cache_dir", "token", "local_files_only")}
+        patterns = ["*.json", "*/*.json", "*/*.txt", "*/*.model"]
+        folder = _download(source, snapshot_download, {**hub, "allow_patterns": patterns})
+    for name, kind in folders.component_types(_index(folder), folder / "model_index.json").items():
+        place = folder / name
+        if name in options or not place.is_dir():
+            continue
+        folders.require_data(place)
+        if name == "scheduler":
+            folders.require_schedule(place / "scheduler_config.json")
+        elif name in _IN_ONE_FILE:
+            if any(p.suffix in PICKLES for p in place.iterdir()):
+                weight_files(place)  # what the file lacks would be taken from here, and must not be a pickle
+            keys = [key for key in stored if key.startswith(_IN_ONE_FILE[name])]
+            held = folders.numbers_in(stored, _IN_ONE_FILE[name])
+            try:
+                folders.outline(kind, folders.read_settings(place / "config.json"), place, held, len(keys))
+            except CannotAudit as e:
+                raise CannotAudit(f"{path} could not be opened with the configuration in {source}: {e}") from e
+    return folder
+
+
+def _from_single_file(path: Path, options: Mapping[str, Any]) -> Any:
     try:
         with quiet():
             return StableDiffusionPipeline.from_single_file(str(path), **options)
@@ -220,7 +258,7 @@ def _from_file(path: Path, options: Mapping[str, Any]) -> Any:
 def _index(folder: Path) -> dict[str, Any]:
     """``model_index.json``, or a sentence that says what the folder is instead."""
     try:
-        index = json.loads((folder / "model_index.json").read_text("utf-8"))
+        index = folders.read_document(folder / "model_index.json")
     except FileNotFoundError:
         kind = _config_class(folder)
         if kind in _UNETS:
@@ -228,10 +266,6 @@ def _index(folder: Path) -> dict[str, Any]:
                 f"{folder} is a UNet alone: give the pipeline it belongs to, and this folder as unet=."
             ) from None
         raise CannotAudit(f"{folder} is no pipeline folder: it has no model_index.json.") from None
-    except ValueError as e:
-        raise CannotAudit(
-            f"{folder / 'model_index.json'} is damaged ({first_line(e)}); download or copy it again."
-        ) from e
     if not isinstance(index, dict) or not isinstance(index.get("_class_name"), str):
         raise CannotAudit(
             f"{folder / 'model_index.json'} names no diffusers pipeline class; custom pipeline code is not run."
@@ -256,7 +290,9 @@ def open_unet(
     kind = _config_class(folder)
     if kind not in _UNETS:
         raise CannotAudit(f"{folder} holds no UNet ({kind or 'no config.json'}).")
+    folders.require_data(folder)
     found = weight_files(folder, where["variant"])
+    folders.require_weights("unet", getattr(diffusers, kind), folder, found)
     tagged = where["variant"] if where["variant"] and f".{where['variant']}" in found[0].name else None
     with quiet(), opening(str(folder)):
         options = {"variant": tagged, "use_safetensors": True, DTYPE_KEY: dtype}
@@ -265,8 +301,8 @@ def open_unet(
 
 def _config_class(folder: Path) -> str | None:
     try:
-        return json.loads((folder / "config.json").read_text("utf-8")).get("_class_name")
-    except (OSError, ValueError):
+        return folders.read_settings(folder / "config.json").get("_class_name")
+    except CannotAudit:
         return None
 
 
@@ -288,7 +324,9 @@ def add_lora(pipe: Any, lora: LoRA, where: Mapping[str, Any], hub: Mapping[str, 
         name = re.sub(r"\W", "_", file.stem if file.stem != "pytorch_lora_weights" else file.parent.name)
         name = name if name not in found else f"{name}_{len(found)}"
         with quiet(), opening(str(file)):
-            pipe.load_lora_weights(str(file.parent), weight_name=file.name, adapter_name=name)
+            pipe.load_lora_weights(
+                str(file.parent), weight_name=file.name, adapter_name=name, use_safetensors=True, local_files_only=True
+            )
         found[name] = file
     pipe.set_adapters(list(found), list(scales.values()))
     return found
@@ -304,13 +342,19 @@ def _lora_file(source: str, where: Mapping[str, Any], hub: Mapping[str, Any]) ->
         if not _HUB_ID.fullmatch(source):
             raise CannotAudit(f"there is no LoRA {source}; check the path.")
         path = _download(source, snapshot_download, {**_hub_only(where, hub), "allow_patterns": ["*.safetensors"]})
-    if path.is_file():
-        return path
-    found = sorted(path.glob("*.safetensors"))
-    if len(found) != 1:
-        names = ", ".join(p.name for p in found) or "none"
-        raise CannotAudit(f"{source} should hold one LoRA file and holds {len(found)} ({names}); give the file itself.")
-    return found[0]
+    if path.is_dir():
+        found = sorted(path.glob("*.safetensors"))
+        if len(found) != 1:
+            names = ", ".join(p.name for p in found) or "none"
+            raise CannotAudit(
+                f"{source} should hold one LoRA file and holds {len(found)} ({names}); give the file itself."
+            )
+        (path,) = found
+    if path.suffix != ".safetensors":
+        raise CannotAudit(f"{path} is no LoRA: give a .safetensors file.")
+    with opening(str(path)):
+        open_regular(path).close()
+    return path
 
 
 def _hub_only(where: Mapping[str, Any], hub: Mapping[str, Any]) -> dict[str, Any]:
@@ -319,15 +363,6 @@ def _hub_only(where: Mapping[str, Any], hub: Mapping[str, Any]) -> dict[str, Any
 
 
 # Helpers
-
-
-@contextmanager
-def opening(name: str) -> Iterator[None]:
-    """Turns what diffusers raises on a damaged or foreign model into a sentence; the cause stays attached."""
-    try:
-        yield
-    except _OPENING as e:
-        raise CannotAudit(f"{name} could not be opened: {first_line(e)}") from e
 
 
 @contextmanager
@@ -353,8 +388,3 @@ def quiet() -> Iterator[None]:
 def _unsurprised(record: LogRecord) -> bool:
     """Whether a message is worth showing: an LDMPipeline works with another autoencoder than it names, a LoRA may be of the UNet alone."""
     return not record.getMessage().startswith(("Expected types for vqvae", "No LoRA keys associated to CLIPTextModel"))
-
-
-def first_line(e: BaseException) -> str:
-    """The first line of an error that says anything."""
-    return next((line.strip() for line in str(e).splitlines() if line.strip()), type(e).__name__)

@@ -61,6 +61,7 @@ class StableDiffusion(DiffusersTarget):
         self.guidance = float(guidance)
         self.tokenizer, self.text_encoder = pipe.tokenizer, pipe.text_encoder
         self._reject_other_inputs()
+        self._require_window(self.tokenizer, self.text_encoder)
         # Textual inversion may write one word as several tokens (word, word_1, …); the pipeline knows which.
         self._written_out = _written_out(self.tokenizer.get_added_vocab())
         self._spelled_out = pipe.maybe_convert_prompt if self._written_out else lambda prompts, _: prompts

@@ -78,6 +78,8 @@ class StableDiffusion3(DiffusersTarget):
         encoders = [(f"text_encoder{n}", f"tokenizer{n}") for n in ("", "_2", "_3")]
         self.tokenizers = {words: getattr(pipe, words) for encoder, words in encoders if encoder in self.modules}
         self._reject_what_is_missing()
+        for words, encoder in (("tokenizer", "text_encoder"), ("tokenizer_2", "text_encoder_2")):
+            self._require_window(self.tokenizers[words], self.modules[encoder])
         self._encode_prompt = pipe.encode_prompt
         self._null: Condition | None = None
 
@@ -129,7 +131,17 @@ class StableDiffusion3(DiffusersTarget):
         _, height, width = self.latent_shape
         patch = self.unet.config.patch_size
         known = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
-        return {"mu": calculate_shift((height // patch) * (width // patch), *(config[key] for key in known))}
+        try:
+            mu = calculate_shift((height // patch) * (width // patch), *(config[key] for key in known))
+            shift = math.exp(mu) if config.time_shift_type == "exponential" else mu
+        except (ArithmeticError, TypeError):
+            shift = math.nan
+        if not 0 < shift < math.inf:
+            raise CannotAudit(
+                f"{self.name}'s scheduler shifts its times by no finite number for {height}×{width} latents; check "
+                f"{', '.join(known)} in its scheduler_config.json."
+            )
+        return {"mu": mu}
 
     def schedule(self, steps: int) -> FlowSchedule:
         """A fresh sampler run of that many steps, from t = 1000."""

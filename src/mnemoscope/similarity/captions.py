@@ -70,7 +70,7 @@ class CLIP:
             from transformers import AutoTokenizer, CLIPModel
         try:
             self._network = CLIPModel.from_pretrained(model, use_safetensors=True).eval().requires_grad_(False)
-            self._tokenizer = AutoTokenizer.from_pretrained(model)
+            self._tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
         except (OSError, ValueError) as e:
             raise UsageError(
                 f"{model} cannot be loaded as a CLIP model ({' '.join(str(e).split())[:160]}); name a hub id, or a folder with "
