@@ -12,6 +12,7 @@ import os
 import re
 import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 from urllib.parse import quote, unquote
 
@@ -64,7 +65,7 @@ def remember(value: Any) -> None:
 def text(words: str) -> str:
     """Running text with :data:`NOT_KEPT` in the place of secrets: by their value, in addresses, and beside a secret's name."""
     words = _without_logins(words, [])  # before values are replaced, because a login may hold one beside a user's name
-    for secret in sorted(_known.union(_of_environment()), key=len, reverse=True):
+    for secret in sorted(_known.union(_of_environment(tuple(os.environ.items()))), key=len, reverse=True):
         words = words.replace(secret, NOT_KEPT)
     return _GIVEN.sub(_without_given, words)
 
@@ -141,19 +142,21 @@ def _leaves(value: Any) -> Iterator[str]:
 
 def _without_logins(words: str, secrets: list[str]) -> str:
     """A text without the logins and the secret parameters of the addresses in it; passwords are added to the list."""
+    if "://" in words:
+        secrets.extend(_password(login[2]) for login in _LOGIN.finditer(words))
+        words = _LOGIN.sub(rf"\1{NOT_KEPT}@", words)
+    if "=" not in words:
+        return words
+    secrets.extend(parameter[3] for parameter in _QUERY.finditer(words) if _is_secret_parameter(parameter[2]))
+    return _QUERY.sub(_without_parameter, words)
 
-    def login(found: re.Match[str]) -> str:
-        secrets.append(_password(found[2]))
-        return f"{found[1]}{NOT_KEPT}@"
 
-    def parameter(found: re.Match[str]) -> str:
-        name = found[2].lower()
-        if not (is_secret(name) or name in ("key", "sig") or name.endswith("signature")):
-            return found[0]
-        secrets.append(found[3])
-        return found[1] + NOT_KEPT
+def _without_parameter(parameter: re.Match[str]) -> str:
+    return parameter[1] + NOT_KEPT if _is_secret_parameter(parameter[2]) else parameter[0]
 
-    return _QUERY.sub(parameter, _LOGIN.sub(login, words))
+
+def _is_secret_parameter(name: str) -> bool:
+    return is_secret(name) or name.lower() in ("key", "sig") or name.lower().endswith("signature")
 
 
 def _password(login: str) -> str:
@@ -169,10 +172,11 @@ def _without_given(found: re.Match[str]) -> str:
     return found[1] + NOT_KEPT
 
 
-def _of_environment() -> set[str]:
+@lru_cache(maxsize=1)
+def _of_environment(variables: tuple[tuple[str, str], ...]) -> set[str]:
     """Secrets in the environment: ``HF_TOKEN``, the password of ``HTTPS_PROXY``, …"""
     secrets: list[str] = []
-    for name, value in os.environ.items():
+    for name, value in variables:
         _without(value, name, secrets)
     return _spellings(secrets)
 

@@ -34,7 +34,7 @@ def read_pairs(option: str, pairs: Iterable[str] | None, example: str) -> dict[s
     for pair in pairs or ():
         name, equals, text = pair.partition("=")
         if not equals:
-            raise UsageError(f"{option} {pair!r} has no value; write name=value, for instance {example}.")
+            raise UsageError(f"{option} needs a name and a value; write name=value, for instance {example}.")
         try:
             found[name] = yaml.safe_load(text)
         except yaml.YAMLError:
