@@ -118,3 +118,16 @@ def test_long_text_takes_no_long_time(part):
     began = time.perf_counter()
     text(part * (200_000 // len(part)))
     assert time.perf_counter() - began < 10
+
+
+@pytest.mark.parametrize("name", ["tokens", "api_keys", "GITHUB_PAT", "OPENAI_API_KEY", "DB_PWD", "jwt", "HF_TOKEN"])
+def test_names_of_secrets_come_in_many_spellings(name):
+    assert cleaned({name: "abc", "compat": "abc"}) == {name: NOT_KEPT, "compat": "abc"}
+    assert cleaned({"tokens": 77}) == {"tokens": 77}
+
+
+def test_a_token_is_known_by_its_look_wherever_it_stands():
+    token = "hf_" + "aB3" * 10
+    assert cleaned({"endpoint": f"https://host/{token}/x"}) == {"endpoint": f"https://host/{NOT_KEPT}/x"}
+    assert text(f"GET /{token} failed") == f"GET /{NOT_KEPT} failed"
+    assert text("hf_hub_download and sk-learn stay") == "hf_hub_download and sk-learn stay"

@@ -29,9 +29,13 @@ SHORTEST = 8
 _WORDS = (
     "token", "password", "passwd", "passphrase", "secret", "credential", "credentials", "authorization", "auth", "cookie",
 )  # fmt: skip
-_KEYS = ("api", "access", "secret", "private", "account")
+_KEYS = ("api", "access", "secret", "private", "account", "openai", "hf")
 _NAMES = (*_WORDS, *(f"{kind}key" for kind in _KEYS))
 """Ends of names, in small letters and without signs, whose values are secret."""
+_SHORT_NAMES = ("pat", "pwd", "jwt", "bearer")
+"""Last words of names whose values are secret."""
+_SHAPES = re.compile(r"\b(?:hf_|gh[pousr]_|github_pat_|sk-)[A-Za-z0-9_-]{16,}")
+"""Tokens of hosts that are known by how they look."""
 
 _LOGIN = re.compile(r"\b([A-Za-z][A-Za-z0-9+.-]{0,20}://)([^\s/?#\"'<>]+)@")
 _QUERY = re.compile(r"([?&]([\w.-]+)=)(?!…|\(not kept\))([^&#\s\"'<>]+)")
@@ -46,8 +50,10 @@ _known: set[str] = set()
 
 
 def is_secret(name: str) -> bool:
-    """Whether what has this name is secret, which its end says: ``token``, ``HF_TOKEN``, ``--api-key``, ``X-Auth-Token``, …"""
-    return re.sub(r"[^a-z0-9]", "", name.lower()).endswith(_NAMES)
+    """Whether what has this name is secret, which its end says: ``token``, ``HF_TOKEN``, ``--api-keys``, ``GITHUB_PAT``, …"""
+    words = re.findall(r"[a-z0-9]+", name.lower())
+    end = "".join(words)
+    return end.endswith(_NAMES) or end.removesuffix("s").endswith(_NAMES) or (words[-1:] or [""])[0] in _SHORT_NAMES
 
 
 def cleaned(value: Any) -> Any:
@@ -67,7 +73,7 @@ def text(words: str) -> str:
     words = _without_logins(words, [])  # before values are replaced, because a login may hold one beside a user's name
     for secret in sorted(_known.union(_of_environment(tuple(os.environ.items()))), key=len, reverse=True):
         words = words.replace(secret, NOT_KEPT)
-    return _GIVEN.sub(_without_given, words)
+    return _GIVEN.sub(_without_given, _SHAPES.sub(NOT_KEPT, words))
 
 
 def command_line(words: Sequence[str]) -> str:
@@ -100,6 +106,11 @@ def _without(value: Any, name: str, secrets: list[str]) -> Any:
     """A value that has this name, without its secrets, which are added to the list."""
     if value is None or isinstance(value, bool):
         return value
+    if name.lower().endswith("s"):  # of several secrets each is judged; how many tokens there are is none
+        if isinstance(value, int | float):
+            return value
+        if isinstance(value, list):
+            return [_without(part, name, secrets) for part in value]
     if is_secret(name) or (_is_headers(name) and not isinstance(value, Mapping)):
         secrets.extend(_leaves(value))
         return NOT_KEPT
@@ -119,7 +130,8 @@ def _without(value: Any, name: str, secrets: list[str]) -> Any:
         login, _, host = value.rpartition("@")
         secrets.append(_password(login))
         return f"{NOT_KEPT}@{host}"
-    return _without_logins(value, secrets)
+    secrets.extend(_SHAPES.findall(value))
+    return _SHAPES.sub(NOT_KEPT, _without_logins(value, secrets))
 
 
 def _is_headers(name: str) -> bool:

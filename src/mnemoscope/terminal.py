@@ -21,7 +21,8 @@ __all__ = ["Guarded", "guard", "guarded", "json_safe", "one_line", "unguarded", 
 # tags, and halves of surrogate pairs, which no encoding has. Joiners are judged by what stands before them.
 _HIDDEN = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u061c\u180e\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff0-\ufffb"
-    "\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0000-\U000e00ff\ud800-\udfff]"
+    "\u034f\u115f\u1160\u17b4\u17b5\u3164\ufe00-\ufe0d\uffa0"
+    "\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0000-\U000e0fff\ud800-\udfff]"
 )
 _JOINERS = "\u200c\u200d"
 _JOINED = ("L", "M", "So", "Sk")

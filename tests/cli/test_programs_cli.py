@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 import warnings
 import zipfile
@@ -205,6 +206,8 @@ def test_of_recorded_options_only_numbers_and_samplers_are_used(run, here):
         ("model_options: {token: secret}", "chooses the loader's option token"),
         ("model_options: {proxies: {https: 'http://elsewhere'}}", "chooses the loader's option proxies"),
         ("model_options: {cache_dir: x}", "chooses the loader's option cache_dir"),
+        ("captions: sent/pipe", "names 'sent/pipe' as captions, which is neither a file nor a folder"),
+        ("calibration: sent/pipe", "names 'sent/pipe' as calibration, which is neither a file nor a folder"),
     ],
 )
 def test_a_configuration_reads_and_writes_beside_itself_only(run, here, line, says):
@@ -218,6 +221,7 @@ def test_a_configuration_reads_and_writes_beside_itself_only(run, here, line, sa
         Path("link.txt").symlink_to("../secret.txt")
         Path(".ssh").mkdir()
         Path(".ssh/key").write_text("secret\n")
+        os.mkfifo("sent/pipe")
         Path("sent/c.yaml").write_text(f"{line}\nseeds: 1\n")
         model = () if line.startswith("model:") else ("demo",)
         code, _, err = run("audit", *model, "--config", "sent/c.yaml", "--dry-run")
@@ -270,3 +274,49 @@ def test_a_packet_with_a_foreign_model_is_not_opened(run, here):
     assert zipfile.is_zipfile("run.zip")
     code, _, err = run("replay", "run.zip")
     assert (code, "made with somebody/model" in err) == (2, True), err
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "prompts: {path: !!binary L2V0Yy9ob3N0bmFtZQ==}",
+        "out: !!binary L3RtcC94",
+        "notes: [2024-01-01]",
+        "model_options: {lora: !!set {? /a}}",
+    ],
+)
+def test_a_configuration_holds_plain_values_only(run, here, line):
+    Path("c.yaml").write_text(f"{line}\nseeds: 1\n")
+    for trust in ((), ("--trust-config",)):
+        code, _, err = run("audit", "demo", "--config", "c.yaml", "--dry-run", *trust)
+        assert (code, "write texts in quotes, and leave YAML tags out" in err) == (2, True), err
+
+
+def test_a_run_that_says_strange_things_of_its_model_and_seeds_ends_in_a_sentence(run, here):
+    assert run("audit", "demo", "--prompts", "prompts.txt", "--seeds", 1, "--steps", 2, "--out", "run")[0] == 0
+    document = Path("run/run.json")
+    manifest = json.loads(document.read_text())
+    manifest["config"] |= {"model": ["demo"], "seeds": 10**12}
+    document.write_text(json.dumps(manifest))
+    assert run("replay", "run")[0] == 2
+    assert run("replay", "run", "--model", "demo", "--all")[0] == 0
+
+
+STRANGE = [
+    [{}],
+    [{"kind": "files", "prefix": 5}],
+    [{"kind": "folder", "path": ["x"]}],
+    [{"kind": "files", "x": "y"}],
+]
+
+
+@pytest.mark.parametrize("sources", STRANGE)
+@pytest.mark.parametrize(
+    "words", [("info", "index"), ("query", "index", "pictures/0.png"), ("locate", "index", "pictures")]
+)
+def test_an_index_with_strange_sources_is_a_sentence(run, here, words, sources):
+    assert run("index", "build", "pictures", "--out", "index", "--descriptor", "pixels")[0] == 0
+    document = Path("index/manifest.json")
+    document.write_text(json.dumps(json.loads(document.read_text()) | {"sources": sources}))
+    code, _, err = run("index", *words)
+    assert (code, "sources" in err) == (2, True), err

@@ -29,7 +29,7 @@ from ..records.store import Run, Writer, differences, digest, sample_id, short
 from ..similarity.decoding import KEPT, decode
 from .batch import LOSSLESS, Reference, Sample
 from .config import AuditConfig, PromptSource
-from .generations import compare_generations
+from .generations import LEAST, compare_generations
 from .prompts import Prompt
 from .request import Request, described, machine, versions
 from .run import Progress, Session
@@ -264,8 +264,8 @@ def config_of(manifest: Manifest, **changes: Any) -> AuditConfig:
     setting, target = manifest.setting, manifest.setting.get("target", {})
     kept = ("detectors", "seeds", "images")
     record = {name: manifest.config[name] for name in kept if manifest.config.get(name) is not None}
-    if manifest.config.get("model") in BUNDLED:
-        record["model"] = manifest.config["model"]
+    if (model := manifest.config.get("model")) in tuple(BUNDLED):
+        record["model"] = model
     record |= {"model_options": _harmless_options(manifest)}
     record |= {k: setting[k] for k in ("guidance", "steps", "base_seed", "seed_mode") if setting.get(k) is not None}
     record |= {"dtype": target["dtype"]} if isinstance(target, Mapping) and target.get("dtype") else {}
@@ -356,7 +356,9 @@ def _request(
     # Prompts are identified by their text here; their own ids may be wrong in an edited record.
     items = [Prompt(str(i), text) for i, text in enumerate(texts)]
     source = PromptSource(items=items) if target.has_text else None
-    changes = {"prompts": source, "max_errors": len(rows), "batch_size": _batch(evidence, config)}
+    # The samples are those of the rows, so no more seeds are listed here than a comparison of pictures asks for.
+    seeds = min(config.seeds, LEAST)
+    changes = {"prompts": source, "max_errors": len(rows), "batch_size": _batch(evidence, config), "seeds": seeds}
     config = config.model_copy(update=changes)
     request = Request.of(config, target, reference=reference)
     # Named by what they ought to be called: what a record calls them may lead out of the folder.

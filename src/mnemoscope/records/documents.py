@@ -6,6 +6,7 @@ its own folder, or visible ones below the working directory; for any other file,
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from ..errors import UsageError
@@ -24,7 +25,8 @@ def require_reachable(document: str | Path, what: str, name: str | Path, cure: s
         cure: What the reader does if he wants that file.
 
     Raises:
-        UsageError: it lies neither in the document's folder nor, without a name that begins with a dot, below the working directory.
+        UsageError: it lies neither in the document's folder nor, without a name that begins with a dot, below the working directory; or it
+            is neither a file nor a folder, such as a pipe, for which a command would wait.
     """
     path = Path(name).expanduser()
     try:
@@ -33,6 +35,10 @@ def require_reachable(document: str | Path, what: str, name: str | Path, cure: s
     except (OSError, ValueError, RuntimeError):  # a zero byte; a link that leads to itself
         beside = below = False
     if beside or (below and not _is_hidden(path.resolve().relative_to(Path.cwd().resolve()))):
+        if os.path.lexists(path) and not (os.path.isfile(path) or os.path.isdir(path)):
+            raise UsageError(
+                f"{document} names {str(name)[:200]!r} as {what}, which is neither a file nor a folder; {cure}."
+            )
         return
     raise UsageError(f"{document} names {str(name)[:200]!r} as {what}, which lies outside of its folder; {cure}.")
 

@@ -66,8 +66,11 @@ def read_regular(path: str | Path, limit: int | None = None) -> bytes:
 
 
 def leads_out(folder: str | Path, path: str | Path) -> bool:
-    """Whether a path, once its links are followed, lies outside of a folder."""
-    return not Path(path).resolve().is_relative_to(Path(folder).resolve())
+    """Whether a path, once its links are followed, lies outside of a folder. A link that leads to itself lies nowhere."""
+    try:
+        return not Path(path).resolve().is_relative_to(Path(folder).resolve())
+    except (OSError, RuntimeError):  # before Python 3.13, links that lead in circles are a RuntimeError
+        return True
 
 
 def file_inside(folder: str | Path, name: str) -> Path:

@@ -31,7 +31,7 @@ import numpy as np
 from filelock import FileLock, Timeout
 from jaxtyping import Bool, Float
 from PIL import Image
-from pydantic import ConfigDict, Field, ValidationError
+from pydantic import ConfigDict, Field, ValidationError, field_validator
 
 from ..errors import RunError, UnknownName, UsageError
 from ..records.files import file_inside, hash_file, open_inside
@@ -62,6 +62,10 @@ SOURCE, FILE = "source", "file"
 
 TRIED = 16
 """Pictures that are looked for in a place that is said to hold those of an index."""
+
+
+SOURCE_KEYS = {"kind", "path", "column", "id_column", "prefix", "mark"}
+"""What a manifest says of a source."""
 
 
 class DescriptorRecord(Record):
@@ -103,6 +107,17 @@ class IndexManifest(Record):
     """Length of a vector; None: there is none yet."""
     sources: list[dict[str, Any]] = Field(default_factory=list)
     """What rows' ``source`` counts. ``mark``: of the user who named it."""
+
+    @field_validator("sources")
+    @classmethod
+    def _plain_sources(cls, value: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        for source in value:
+            if not {"kind"} <= source.keys() <= SOURCE_KEYS:
+                raise ValueError(f"a source has {', '.join(sorted(SOURCE_KEYS))}, and a kind at least")
+            if not all(isinstance(v, str) or (v is None and k.endswith("column")) for k, v in source.items()):
+                raise ValueError("what a source is, and where, must be texts")
+        return value
+
     pictures: int = 0
     """Pictures with a vector, when the last build ended; as all counts here."""
     skipped: dict[str, int] = Field(default_factory=dict)
