@@ -66,7 +66,7 @@ def locate(source: str, where: Mapping[str, Any], hub: Mapping[str, Any]) -> tup
                 f"the bundled model {source!r} is missing from this installation ({path}); reinstall mnemoscope."
             )
         return path, Origin(name=source, source=source)
-    path = Path(source).expanduser()
+    path = _local(source)
     if path.exists():
         return path, Origin(name=path.resolve().name, source=source)
     if path.suffix in PICKLES | {".safetensors"} or source[0] in "./~" or source.count("/") > 1:
@@ -78,6 +78,22 @@ def locate(source: str, where: Mapping[str, Any], hub: Mapping[str, Any]) -> tup
     )
     commit = path.name if path.parent.name == "snapshots" else where["revision"]
     return path, Origin(name=source, source=source, revision=commit)
+
+
+def _local(source: str | Path) -> Path:
+    """The path that a source names on this machine, whether or not there is anything.
+
+    Raises:
+        CannotAudit: the system cannot look it up, for instance because it is too long.
+    """
+    try:
+        path = Path(source).expanduser()
+        path.exists()
+    except (OSError, RuntimeError) as e:
+        text = str(source)
+        name = text if len(text) <= 80 else f"{text[:79]}…"
+        raise CannotAudit(f"{name} cannot be looked up ({getattr(e, 'strerror', None) or e}); check the path.") from e
+    return path
 
 
 def _download(source: str, fetch: Callable[..., Any], options: Mapping[str, Any]) -> Path:
@@ -169,7 +185,7 @@ def recommended(path: Path) -> dict[str, Any]:
         if not all(map(math.isfinite, found.values())):
             raise ValueError("its guidance is no finite number")
         return found
-    except (ValueError, TypeError) as e:
+    except (ValueError, TypeError, OverflowError) as e:
         raise CannotAudit(f"{file} is damaged ({first_line(e)}); repair or delete it.") from e
 
 
@@ -184,12 +200,10 @@ def _component_files(folder: Path, variant: str | None, given: Mapping[str, Any]
             raise CannotAudit(
                 f"{folder} has no {name}, which its model_index.json names; download or copy the model again, completely."
             )
-        folders.require_data(place)
+        folders.require_part(name, kind, place, variant)
         if issubclass(kind, nn.Module):
             known[name] = weight_files(place, variant)
             folders.require_weights(name, kind, place, known[name])
-        elif name == "scheduler":
-            folders.require_schedule(place / "scheduler_config.json")
     return known
 
 
@@ -214,7 +228,7 @@ def _from_file(path: Path, options: Mapping[str, Any]) -> Any:
 def _configuration(path: Path, stored: folders.Shapes, options: Mapping[str, Any]) -> Path:
     """The folder of a pipeline's documents for a single file, sound and of about the same size."""
     source = str(options["config"])
-    folder = Path(source).expanduser()
+    folder = _local(source)
     if not folder.is_dir():
         if not _HUB_ID.fullmatch(source):
             raise CannotAudit(f"there is no folder {source} to take the configuration from; check the path.")
@@ -225,10 +239,8 @@ def _configuration(path: Path, stored: folders.Shapes, options: Mapping[str, Any
         place = folder / name
         if name in options or not place.is_dir():
             continue
-        folders.require_data(place)
-        if name == "scheduler":
-            folders.require_schedule(place / "scheduler_config.json")
-        elif name in _IN_ONE_FILE:
+        folders.require_part(name, kind, place)
+        if name in _IN_ONE_FILE:
             if any(p.suffix in PICKLES for p in place.iterdir()):
                 weight_files(place)  # what the file lacks would be taken from here, and must not be a pickle
             keys = [key for key in stored if key.startswith(_IN_ONE_FILE[name])]
@@ -279,7 +291,7 @@ def open_unet(
     """A denoiser given apart, and its weight files where it has any."""
     if isinstance(unet, nn.Module):
         return unet, {}
-    folder = Path(unet).expanduser()
+    folder = _local(unet)
     if not folder.exists():
         if not _HUB_ID.fullmatch(str(unet)):
             raise CannotAudit(f"there is no folder {unet} to take the UNet from; check the path.")
@@ -290,7 +302,7 @@ def open_unet(
     kind = _config_class(folder)
     if kind not in _UNETS:
         raise CannotAudit(f"{folder} holds no UNet ({kind or 'no config.json'}).")
-    folders.require_data(folder)
+    folders.require_data(folder, where["variant"])
     found = weight_files(folder, where["variant"])
     folders.require_weights("unet", getattr(diffusers, kind), folder, found)
     tagged = where["variant"] if where["variant"] and f".{where['variant']}" in found[0].name else None
@@ -333,7 +345,7 @@ def add_lora(pipe: Any, lora: LoRA, where: Mapping[str, Any], hub: Mapping[str, 
 
 
 def _lora_file(source: str, where: Mapping[str, Any], hub: Mapping[str, Any]) -> Path:
-    path = Path(source).expanduser()
+    path = _local(source)
     if path.suffix in PICKLES:
         raise CannotAudit(
             f"{path} is a pickle, which can run code when opened; convert it to safetensors in a sandbox."
@@ -354,6 +366,7 @@ def _lora_file(source: str, where: Mapping[str, Any], hub: Mapping[str, Any]) ->
         raise CannotAudit(f"{path} is no LoRA: give a .safetensors file.")
     with opening(str(path)):
         open_regular(path).close()
+    folders.require_adapter(path)
     return path
 
 

@@ -15,8 +15,9 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from ..errors import UsageError
+from ..errors import CannotAudit, UsageError
 from .base import Piece
+from .folders import first_line, is_panic
 
 WHOLE = "</w>"
 """How CLIP's vocabulary marks a token that ends a word."""
@@ -33,6 +34,22 @@ def clean(prompt: str) -> str:
     return prompt
 
 
+def tokenize(tokenizer: Any, text: str | list[str], **options: Any) -> Any:
+    """What a tokenizer makes of a text or several: ``tokenizer(text, **options)``.
+
+    Raises:
+        CannotAudit: the settings in its ``tokenizer.json`` contradict each other, so that the library gives up.
+    """
+    try:
+        return tokenizer(text, **options)
+    except BaseException as e:
+        if not is_panic(e):
+            raise
+        raise CannotAudit(
+            f"the model's tokenizer cannot read a text ({first_line(e)}); download or copy its tokenizer again."
+        ) from e
+
+
 def spell(tokenizer: Any, text: str, length: int) -> list[Piece]:
     """One :class:`Piece` for each of the ``length`` positions of a padded and cut prompt, start and end included.
 
@@ -41,7 +58,7 @@ def spell(tokenizer: Any, text: str, length: int) -> list[Piece]:
     """
     fast = bool(getattr(tokenizer, "is_fast", False))
     options = {"padding": "max_length", "truncation": True, "max_length": length, "return_attention_mask": True}
-    encoded = tokenizer(text, return_offsets_mapping=True, **options) if fast else tokenizer(text, **options)
+    encoded = tokenize(tokenizer, text, **options, **({"return_offsets_mapping": True} if fast else {}))
     ids, mask = encoded["input_ids"], encoded["attention_mask"]
     names = tokenizer.convert_ids_to_tokens(ids)
     spans = encoded["offset_mapping"] if fast else look_up(tokenizer, names, text)
@@ -140,7 +157,7 @@ def neighbors(
 
 def _mean_rows(tokenizer: Any, table: Tensor, words: list[str]) -> Float[Tensor, "word dim"]:
     """The mean embedding of each word's tokens, of unit length; 0 for a word without tokens."""
-    ids = tokenizer(words, add_special_tokens=False).input_ids
+    ids = tokenize(tokenizer, words, add_special_tokens=False).input_ids
     flat = torch.tensor([i for row in ids for i in row], dtype=torch.long, device=table.device)
     owner = torch.tensor([j for j, row in enumerate(ids) for _ in row], dtype=torch.long, device=table.device)
     sums = torch.zeros(len(words), table.shape[1], device=table.device)

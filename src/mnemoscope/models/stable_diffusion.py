@@ -114,7 +114,8 @@ class StableDiffusion(DiffusersTarget):
     def _ids(self, prompts: list[str]) -> Tensor:
         """Token ids with start, end and padding, ``[batch, token]``."""
         spelled = self._spelled_out([spelling.clean(p) for p in prompts], self.tokenizer)
-        return self.tokenizer(
+        return spelling.tokenize(
+            self.tokenizer,
             spelled,
             padding="max_length",
             truncation=True,
@@ -196,7 +197,7 @@ class StableDiffusion(DiffusersTarget):
     def _content(self, prompt: str) -> list[int]:
         """All of a prompt's token ids, without start, end and padding, however long it is."""
         spelled = self._spelled_out([spelling.clean(prompt)], self.tokenizer)[0]
-        return self.tokenizer(spelled, add_special_tokens=False, verbose=False).input_ids
+        return spelling.tokenize(self.tokenizer, spelled, add_special_tokens=False, verbose=False).input_ids
 
     @property
     def _room(self) -> int:

@@ -212,12 +212,17 @@ class StableDiffusion3(DiffusersTarget):
 
     def _blank(self, texts: list[str]) -> list[bool]:
         """Which texts all encoders are told as the empty one."""
-        told = [tokenizer([*texts, ""], verbose=False).input_ids for tokenizer in self.tokenizers.values()]
+        told = [
+            spelling.tokenize(tokenizer, [*texts, ""], verbose=False).input_ids
+            for tokenizer in self.tokenizers.values()
+        ]
         return [all(rows[i] == rows[-1] for rows in told) for i in range(len(texts))]
 
     def _content(self, prompt: str) -> list[int]:
         """All of a prompt's token ids for CLIP, without start and end, however long it is."""
-        return self.tokenizer(spelling.clean(prompt), add_special_tokens=False, verbose=False).input_ids
+        return spelling.tokenize(
+            self.tokenizer, spelling.clean(prompt), add_special_tokens=False, verbose=False
+        ).input_ids
 
     @property
     def _room(self) -> int:
