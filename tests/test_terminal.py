@@ -40,7 +40,18 @@ def test_written_out_text_has_no_hidden_characters(text):
     shown.encode()
 
 
-@given(st.text(st.characters(categories=["L", "M", "N", "P", "S", "Zs"])))
+# Letters and marks that nobody sees: fillers, and selectors in which a text can be hidden.
+UNSEEN = "\u034f\u115f\u1160\u17b4\u17b5\u3164\uffa0" + "".join(
+    map(chr, [*range(0xFE00, 0xFE0E), *range(0xE0100, 0xE01F0)])
+)
+
+
+def test_letters_and_marks_that_nobody_sees_are_written_out():
+    for character in UNSEEN:
+        assert visible(f"a{character}b") == f"a⟨U+{ord(character):04X}⟩b"
+
+
+@given(st.text(st.characters(categories=["L", "M", "N", "P", "S", "Zs"], exclude_characters=UNSEEN)))
 def test_ordinary_text_stays_as_it_is(text):
     assert visible(text) == text
     assert json_safe(text) == text
