@@ -131,3 +131,22 @@ def test_a_token_is_known_by_its_look_wherever_it_stands():
     assert cleaned({"endpoint": f"https://host/{token}/x"}) == {"endpoint": f"https://host/{NOT_KEPT}/x"}
     assert text(f"GET /{token} failed") == f"GET /{NOT_KEPT} failed"
     assert text("hf_hub_download and sk-learn stay") == "hf_hub_download and sk-learn stay"
+
+
+def test_the_shell_s_own_variables_are_no_secrets(monkeypatch):
+    """The working directory stands in many sentences; taking it out would spoil them."""
+    for name in (
+        "PWD",
+        "OLDPWD",
+        "HOME",
+        "PATH",
+        "USER",
+        "SHELL",
+        "LANG",
+        "TERM",
+        "TMPDIR",
+        "PYTHONPATH",
+        "VIRTUAL_ENV",
+    ):
+        monkeypatch.setenv(name, f"/somewhere/{name}")
+        assert text(f"/somewhere/{name}/file cannot be read") == f"/somewhere/{name}/file cannot be read"

@@ -53,6 +53,8 @@ def is_secret(name: str) -> bool:
     """Whether what has this name is secret, which its end says: ``token``, ``HF_TOKEN``, ``--api-keys``, ``GITHUB_PAT``, …"""
     words = re.findall(r"[a-z0-9]+", name.lower())
     end = "".join(words)
+    if end == "pwd":  # the shell's name for the working directory
+        return False
     return end.endswith(_NAMES) or end.removesuffix("s").endswith(_NAMES) or (words[-1:] or [""])[0] in _SHORT_NAMES
 
 
