@@ -55,7 +55,7 @@ def is_secret(name: str) -> bool:
     end = "".join(words)
     if end == "pwd":  # the shell's name for the working directory
         return False
-    return end.endswith(_NAMES) or end.removesuffix("s").endswith(_NAMES) or (words[-1:] or [""])[0] in _SHORT_NAMES
+    return end.endswith(_NAMES) or end.removesuffix("s").endswith(_NAMES) or (bool(words) and words[-1] in _SHORT_NAMES)
 
 
 def cleaned(value: Any) -> Any:

@@ -157,17 +157,17 @@ def test_rows_that_lie_elsewhere_are_not_read(tmp_path):
 def test_a_slow_disk_keeps_nobody_else_waiting(tmp_path, monkeypatch):
     write(tmp_path / "slow", [row("a")])
     write(tmp_path / "sound", [row("b")])
-    library, original, gate, entered = Library(tmp_path), reading.open_regular, threading.Event(), threading.Event()
+    library, original, gate, entered = Library(tmp_path), reading.open_inside, threading.Event(), threading.Event()
     known = library.run("slow")
     write(tmp_path / "slow", [row("late")])
 
-    def opened(path: Path) -> Any:
-        if path.parent.name == "slow":
+    def opened(folder: Path, name: str) -> Any:
+        if folder.name == "slow":
             entered.set()
             assert gate.wait(PATIENCE)
-        return original(path)
+        return original(folder, name)
 
-    monkeypatch.setattr(reading, "open_regular", opened)
+    monkeypatch.setattr(reading, "open_inside", opened)
     waiting = threading.Thread(target=library.run, args=("slow",), daemon=True)
     waiting.start()
     assert entered.wait(PATIENCE)

@@ -46,6 +46,7 @@ __all__ = [
     "other_reference",
     "recorded_model",
     "replay",
+    "require_model",
 ]
 
 ATOL = 1e-6
@@ -276,15 +277,28 @@ def config_of(manifest: Manifest, **changes: Any) -> AuditConfig:
 def recorded_model(manifest: Manifest) -> str:
     """What a record calls its model, with the options that it was opened with, in words: a claim, which nothing is opened by."""
     options = manifest.config.get("model_options")
-    told = ", ".join(f"{k}={v}" for k, v in options.items()) if isinstance(options, Mapping) else ""
-    return short(f"{manifest.config.get('model') or 'a model in memory'}{f' with {told}' if told else ''}", 200)
+    listing = ", ".join(f"{k}={v}" for k, v in options.items()) if isinstance(options, Mapping) else ""
+    return short(f"{manifest.config.get('model') or 'a model in memory'}{f' with {listing}' if listing else ''}", 200)
+
+
+def require_model(config: AuditConfig, manifest: Manifest, run: str | Path) -> None:
+    """Refuse a configuration of :func:`config_of` that no model was named for.
+
+    Raises:
+        UsageError: saying what the record calls its model, and how the reader names one.
+    """
+    if config.model is None:
+        raise UsageError(
+            f"{run} says that it was made with {recorded_model(manifest)}. A record does not choose what is opened here: name the model "
+            f"yourself with --model, and options that it needs with --model-option."
+        )
 
 
 def _harmless_options(manifest: Manifest) -> dict[str, Any]:
     """Of the options that the recorded model was opened with, those that are neither names of files nor secrets."""
     options = manifest.config.get("model_options")
     options = options if isinstance(options, Mapping) else {}
-    kept = {k: options[k] for k in ("guidance", "resolution") if is_number(options.get(k)) and k in options}
+    kept = {k: options[k] for k in ("guidance", "resolution") if k in options and is_number(options[k])}
     return kept | ({"sampler": options["sampler"]} if options.get("sampler") in ("ddim", "own") else {})
 
 

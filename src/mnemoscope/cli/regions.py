@@ -40,18 +40,14 @@ def regions(
             f"{run} gave each prompt noises of its own, and maps are made from the shared ones; audit with seed_mode shared."
         )
     screen.say(f"Loading {model or 'the model of the run'} …")  # before torch is imported, which takes its time
-    from ..audit.replay import config_of, recorded_model
+    from ..audit.replay import config_of, require_model
     from ..audit.request import identity_of, load
     from ..explain.overlay import overlay
     from ..explain.regions import regions as look
     from ..records.store import differences, write_whole
 
     config = config_of(manifest, model=model, device=device, model_options=model_options(model_option) or None)
-    if config.model is None:
-        raise UsageError(
-            f"{run} says that it was made with {recorded_model(manifest)}. A record does not choose what is opened here: name the model "
-            f"yourself with --model, and options that it needs with --model-option."
-        )
+    require_model(config, manifest, run)
     target = load(config)
     if found := differences(setting["target"], identity_of(target)):
         raise UsageError(f"{config.model} is not the model of {run} ({found[0]}); name the right one with --model.")

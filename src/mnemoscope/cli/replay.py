@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..errors import UsageError
 from . import screen
 from .opening import reference_set
 from .pairs import read_pairs
@@ -67,7 +66,7 @@ def replay(
     """
     with _evidence(run) as evidence:
         screen.say(f"Loading {model or 'the model of the run'} …")  # before torch is imported, which takes its time
-        from ..audit.replay import choose, config_of, recorded_model
+        from ..audit.replay import choose, config_of, require_model
         from ..audit.replay import replay as compute
         from ..report.summary import finite
 
@@ -75,11 +74,7 @@ def replay(
         changes = {"model": model, "dtype": dtype, "device": device, "batch_size": batch_size}
         options = read_pairs("--model-option", model_option, "revision=main") if model_option else None
         config = config_of(evidence.manifest, model_options=options, **changes)
-        if config.model is None:
-            raise UsageError(
-                f"{run} says that it was made with {recorded_model(evidence.manifest)}. A record does not choose what is opened here: name "
-                f"the model yourself with --model, and options that it needs with --model-option."
-            )
+        require_model(config, evidence.manifest, run)
         target = _load(config)
         known = _reference(evidence, reference) if any(row.nearest for row in rows) else None
         with screen.stoppable(), screen.progress("replay") as progress:

@@ -547,9 +547,8 @@ def _remade(record: DescriptorRecord, folder: Path) -> Descriptor:
 def _register(files: IndexFolder, source: Source, prefix: str) -> int:
     """The source's number in this index."""
     record, known = named_source(source, prefix), files.manifest.sources
-    if (
-        number := next((i for i, other in enumerate(known) if _unmarked(other) == _unmarked(record)), None)
-    ) is not None:
+    number = next((i for i, other in enumerate(known) if _unmarked(other) == _unmarked(record)), None)
+    if number is not None:
         if known[number] != record:  # the user names what somebody else named before
             files.update(sources=[*known[:number], record, *known[number + 1 :]])
         return number

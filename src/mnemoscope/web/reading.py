@@ -23,7 +23,7 @@ from typing import BinaryIO, NamedTuple
 from pydantic import ValidationError
 
 from ..errors import MnemoscopeError, RunError, UnknownName, UsageError
-from ..records.files import file_inside, open_regular
+from ..records.files import open_inside
 from ..records.schema import Manifest, Nearest, Row, Score, Thresholds
 from ..records.store import Run, digest
 from ..report.once import Once
@@ -247,7 +247,7 @@ def _opened(path: Path) -> BinaryIO:
         RunError: it is gone, leads out of its folder, or is no regular file.
     """
     try:
-        return open_regular(file_inside(path.parent, path.name))
+        return open_inside(path.parent, path.name)
     except OSError as e:
         raise RunError(f"{path} cannot be read ({e.strerror or e}).") from e
 
