@@ -2,7 +2,7 @@
 
 A value is secret by the name it is given under (``token``, ``api_key``, ``Authorization``, …) or by its place in an address
 (``https://user:password@host``, ``?token=…``). In running text, secrets that this process was given are found by their value as
-well. No torch, and nothing else of mnemoscope.
+well. No torch, and nothing else of mnemoscope but its readers.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 from urllib.parse import quote, unquote
+
+from .parsing import ParseError, parse_yaml
 
 __all__ = [
     "NOT_KEPT", "cleaned", "command_line", "is_complete", "is_secret", "remember", "text", "without_secrets",
@@ -209,11 +211,9 @@ def _argument(word: str) -> str:
     name, equals, value = word.partition("=")
     if not equals or not re.fullmatch(r"[\w.-]+", name):
         return text(word)
-    import yaml  # here, because most commands have no such word
-
     try:
-        given = yaml.safe_load(value)
-    except (yaml.YAMLError, ValueError, RecursionError):
+        given = parse_yaml(value)
+    except ParseError:
         given = value
     kept = _without(given, name, [])
     if kept == given:

@@ -105,11 +105,11 @@ def test_unknown_settings_get_a_suggestion(given: dict[str, Any], says: str) -> 
 @pytest.mark.parametrize(
     ("content", "says"),
     [
-        ("seeds: [", "is not YAML (while parsing"),
+        ("seeds: [", "line 2 is not YAML: did not find"),
         ("- seeds", "holds list; write settings as `name: value`, one per line."),
         ("sedes: 3", "Did you mean 'seeds'?"),
-        ("a: !!python/object:os.system x", "is not YAML (could not determine a constructor"),
-        (b"\xff\xfe\xfa", "is not YAML"),
+        ("a: !!python/object:os.system x", "line 1 has a tag (!name)"),
+        (b"\xff\xfe\xfa", "line 1 is no UTF-8"),
     ],
 )
 def test_damaged_yaml_is_one_sentence(tmp_path: Path, content: str | bytes, says: str) -> None:

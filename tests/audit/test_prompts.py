@@ -269,12 +269,12 @@ def test_ids_tell_prompts_apart(file) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "says"),
     [
-        ("p.jsonl", '"a"\n{"prompt": \n', "line 2 of {} is not JSON (Expecting value, column 12)"),
+        ("p.jsonl", '"a"\n{"prompt": \n', "line 2 of {}: it is not JSON: Expecting value, column 12"),
         ("p.jsonl", '{"prompt": 3}', "line 1 of {}: the prompt is int '3', not text"),
         ("p.jsonl", '{"prompt": null}', "line 1 of {}: the prompt is null, not text"),
         ("p.jsonl", '{"prompt": "a"}\n{"x": "a"}', "line 2 of {} has no 'prompt'; every row needs a prompt."),
-        ("p.jsonl", "[" * 100_000, "line 1 of {} is not"),
-        ("p.jsonl", "9" * 10_000, "line 1 of {} is not usable JSON"),
+        ("p.jsonl", "[" * 100_000, "line 1 of {}: its parts lie more than 64 deep in each other"),
+        ("p.jsonl", "9" * 10_000, "line 1 of {}: an integer has more than 1,000 digits"),
         ("p.json", '{"a": 1}', "{} holds dict"),
         ("p.json", "[1]", "item 1 of {}: the prompt is int '1'"),
         (

@@ -206,7 +206,7 @@ def test_links_of_the_hub_s_cache_are_followed(saved, tmp_path):
     ("text", "reason"),
     [
         ('{"a": ' + "[" * 100_000 + "]" * 100_000 + "}", "damaged"),
-        ('{"a": ' + "[" * 60 + "]" * 60 + "}", "more than 50 deep"),
+        ('{"a": ' + "[" * 70 + "]" * 70 + "}", "more than 64 deep"),
         ('{"a": 1e999}', '"a" is inf'),
         ('{"a": {"b": [NaN]}}', '"b" is nan'),
         ('{"a": ' + "9" * 5000 + "}", "damaged"),

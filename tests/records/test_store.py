@@ -150,7 +150,8 @@ def test_a_line_that_is_damaged_in_the_middle_is_named(run: Run) -> None:
         with pytest.raises(RunError) as e:
             read()
         assert str(e.value) == (
-            f"line 2 of {file} is damaged (it does not parse); delete that line and repeat the command: only its sample is computed again."
+            f"line 2 of {file} is damaged (it is not JSON: Invalid control character at, column 108); delete that line and repeat the "
+            f"command: only its sample is computed again."
         )
     assert file.read_bytes().endswith(lines[2])  # nothing was cut off behind the damage
 

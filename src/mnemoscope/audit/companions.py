@@ -16,6 +16,7 @@ from typing import TypeAlias
 from ..errors import CannotAudit, UsageError
 from ..measure.base import Measure, spec_of
 from ..models.base import Target
+from ..records.documents import read_json
 from ..records.store import digest, write_whole
 from .pictures import Picture, opened, picture_bytes, size_of
 
@@ -106,7 +107,7 @@ def compared(
             if progress is not None:
                 progress(measure.name, len(pictures) - len(missing) + start + len(rows), len(pictures))
         for values_of, file in zip(found, files, strict=True):
-            values_of[measure.name] = json.loads(file.read_bytes())["value"]
+            values_of[measure.name] = read_json(file)["value"]
     return found
 
 

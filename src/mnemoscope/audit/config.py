@@ -9,13 +9,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, get_args
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from .. import redaction
 from ..errors import UnknownName, UsageError
+from ..parsing import LARGEST_YAML, ParseError, parse_yaml
 from ..plugins import document_options, options_of
 from ..records.documents import require_reachable
+from ..records.files import read_regular
 from ..records.store import digest, short
 from .prompts import Columns, Prompt, PromptSet, read_prompts
 
@@ -288,11 +289,11 @@ class AuditConfig(_Settings):
             UsageError: it cannot be read, or it names what a document must not choose; the message says how to choose it oneself.
         """
         try:
-            content = yaml.safe_load(Path(path).read_bytes()) or {}
+            content = parse_yaml(read_regular(path, LARGEST_YAML)) or {}
         except OSError as e:
             raise UsageError(f"config file {path} cannot be read ({e.strerror or e}); name a YAML file.") from None
-        except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as e:
-            raise UsageError(f"config file {path} is not YAML ({' '.join(str(e).split())}).") from None
+        except ParseError as e:
+            raise UsageError(f"config file {path} cannot be read ({e}); correct it.") from None
         if not isinstance(content, dict):
             raise UsageError(
                 f"config file {path} holds {type(content).__name__}; write settings as `name: value`, one per line."

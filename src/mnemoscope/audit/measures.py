@@ -16,7 +16,8 @@ from .. import redaction
 from ..errors import RunError
 from ..measure.base import Measure, spec_of
 from ..measure.invmm import Course, InvMM, Stored
-from ..records.files import read_inside
+from ..parsing import through_json
+from ..records.documents import read_json
 from ..records.store import digest, write_whole
 from .companions import Screen, Values, compared, require_no_captions
 from .pictures import Picture, opened, picture_bytes, picture_lines, pictures_in, size_of
@@ -176,7 +177,7 @@ def _keep(
     facts = {k: v for k, v in vars(result).items() if k not in ("mu", "s", "tokens", "rate")}
     facts |= {"score": _finite(result.score), "nats": _finite(result.nats)}
     facts["rate"] = None if result.rate is None else [result.rate.value, result.rate.low, result.rate.high]
-    plain = json.loads(json.dumps(facts))
+    plain = through_json(facts)
     kept = Measured(name, str(picture.file), picture.caption, plain, companions, screen=screen)
     tensors = {"mu": result.mu, "s": result.s, "tokens": result.tokens}
     noise = {k: v.float().cpu().contiguous() for k, v in tensors.items() if v is not None}
@@ -196,7 +197,7 @@ def _write(folder: Path, m: Measured) -> None:
 
 def _read(file: Path) -> Measured | None:
     try:
-        facts = json.loads(read_inside(file.parent, file.name))
+        facts = read_json(file, file.parent)
     except FileNotFoundError:
         return None
     except OSError as e:

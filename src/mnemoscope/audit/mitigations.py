@@ -29,6 +29,7 @@ from ..detect.magnitude import Magnitude
 from ..errors import RunError
 from ..mitigate.base import Generation, Mitigation, build, sample
 from ..models.base import Target
+from ..records.documents import read_json
 from ..records.store import write_whole
 from ..records.trials import NONE, Case, Cell
 from ..similarity.base import Pictures
@@ -115,7 +116,7 @@ class Protocol:
                 g = Generation.of(self.target, [p for p, _ in part], [s for _, s in part], steps=self.steps)
                 found.append(_watched(self.target, g, max(GATES))[0])
             write_whole(file, json.dumps(_windows(torch.cat(found))).encode())
-        return json.loads(file.read_bytes())
+        return read_json(file)
 
     @cached_property
     def plain_pictures(self) -> Float[Tensor, "sample 3 height width"]:
@@ -141,7 +142,7 @@ class Protocol:
     ) -> Cell:  # fmt: skip
         file = self._file(method, options)
         if file.exists() and file.with_suffix(".safetensors").exists():
-            return Cell(**json.loads(file.read_bytes()))
+            return Cell(**read_json(file))
         shown, sizes, seconds = [], [], 0.0
         before, backwards = self.target.forwards, 0
         with peak_memory(self.target.device) as peak:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,8 @@ from torch import Tensor
 
 from ..errors import UsageError
 from ..models.base import Target
-from ..records.files import leads_out, read_regular
+from ..parsing import ParseError, json_lines
+from ..records.files import leads_out, open_regular, read_regular
 from ..similarity.decoding import COLLECTED, decode
 
 __all__ = ["Picture", "opened", "picture_bytes", "picture_lines", "pictures_in", "size_of"]
@@ -82,17 +82,20 @@ def picture_lines(file: Path, more: str = "") -> list[dict[str, Any]]:
         UsageError: with line and cure.
     """
     try:
-        lines = [line for line in file.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as e:
-        raise UsageError(f"{file} cannot be read ({e}); give a JSONL file in UTF-8.") from None
-    found = []
-    for k, text in enumerate(lines, 1):
+        with open_regular(file) as opened_file:
+            lines = list(json_lines(opened_file))
+    except (OSError, ParseError) as e:
+        why = e.strerror if isinstance(e, OSError) else None
+        raise UsageError(
+            f'{file} cannot be read ({why or e}); write a line {{"image": "a.png", "caption": "…"{more}}} for each picture.'
+        ) from None
+    pictures = []
+    for number, row in lines:
         try:
-            row = json.loads(text)
-            found.append({**row, "image": str(row["image"]), "caption": str(row["caption"])})
-        except (ValueError, KeyError, TypeError):
-            raise UsageError(f'{file}, line {k}: write {{"image": "a.png", "caption": "…"{more}}}.') from None
-    return found
+            pictures.append({**row, "image": str(row["image"]), "caption": str(row["caption"])})
+        except (KeyError, TypeError):
+            raise UsageError(f'{file}, line {number}: write {{"image": "a.png", "caption": "…"{more}}}.') from None
+    return pictures
 
 
 def size_of(target: Target) -> tuple[int, int]:

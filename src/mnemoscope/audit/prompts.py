@@ -11,7 +11,6 @@ import csv
 import difflib
 import hashlib
 import io
-import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UsageError
+from ..parsing import ParseError, parse_json
 
 __all__ = ["Columns", "Prompt", "PromptSet", "read_prompts"]
 
@@ -228,13 +228,9 @@ def _read_json(path: Path) -> tuple[_Table, list[str]]:
 
 def _json(text: str, where: str) -> Any:
     try:
-        return json.loads(text)
-    except json.JSONDecodeError as e:
-        raise UsageError(
-            f"{where} is not JSON ({e.msg}, column {e.colno}); correct it, or use .txt for one plain prompt per line."
-        ) from None
-    except (ValueError, RecursionError) as e:
-        raise UsageError(f"{where} is not usable JSON ({e}).") from None
+        return parse_json(text, lenient=True)
+    except ParseError as e:
+        raise UsageError(f"{where}: {e}; correct it, or use .txt for one plain prompt per line.") from None
 
 
 def _read_csv(path: Path) -> tuple[_Table, list[str]]:

@@ -9,6 +9,7 @@ import typer
 
 from .. import redaction
 from ..errors import UsageError
+from ..parsing import ParseError, parse_yaml
 
 
 def option(text: str, *names: str) -> Any:
@@ -28,16 +29,14 @@ def read_pairs(option: str, pairs: Iterable[str] | None, example: str) -> dict[s
     Raises:
         UsageError: a pair without ``=``, or with what a record has in the place of a secret.
     """
-    import yaml
-
     found = {}
     for pair in pairs or ():
         name, equals, text = pair.partition("=")
         if not equals:
             raise UsageError(f"{option} needs a name and a value; write name=value, for instance {example}.")
         try:
-            found[name] = yaml.safe_load(text)
-        except yaml.YAMLError:
+            found[name] = parse_yaml(text)
+        except ParseError:
             found[name] = text
         if not redaction.is_complete(found[name]):
             raise UsageError(

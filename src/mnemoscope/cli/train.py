@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import UsageError
+from ..parsing import json_lines
+from ..records.files import open_regular
 from . import screen
 from .pairs import model_options
 from .pairs import option as _option
@@ -191,15 +193,13 @@ def _show(trained: Trained, settings: TrainConfig, *, as_json: bool) -> None:
 
 
 def _show_problems(path: Path) -> None:
-    import json
-
-    lines = path.read_text(encoding="utf-8").splitlines()
-    if not lines:
+    with open_regular(path) as file:
+        problems = [problem for _, problem in json_lines(file)]
+    if not problems:
         return
-    shown = [json.loads(line) for line in lines[:SHOWN]]
-    screen.table(["left out", "reason"], [[p["id"], p["reason"]] for p in shown])
-    if len(lines) > SHOWN:
-        screen.show(f"… and {len(lines) - SHOWN} more in {path}")
+    screen.table(["left out", "reason"], [[p["id"], p["reason"]] for p in problems[:SHOWN]])
+    if len(problems) > SHOWN:
+        screen.show(f"… and {len(problems) - SHOWN} more in {path}")
     screen.show()
 
 

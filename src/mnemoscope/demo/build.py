@@ -33,6 +33,7 @@ import numpy as np
 import PIL
 from PIL import Image, ImageDraw, features
 
+from ..parsing import parse_json
 from ..terminal import guard
 from .world import Row
 
@@ -143,7 +144,7 @@ def concepts(archives: dict[str, tarfile.TarFile]) -> tuple[list[Concept], dict[
     names = {m.name for spec in (NOTO, FLUENT) for m in archives[spec].getmembers()}
     everything: dict[str, Concept] = {}
     usable = []
-    for item in sorted(json.loads(read(archives[WORDS], "package/en/data.json")), key=lambda i: i["hexcode"]):
+    for item in sorted(parse_json(read(archives[WORDS], "package/en/data.json")), key=lambda i: i["hexcode"]):
         code = item["hexcode"].lower()
         plain = code.replace("-fe0f", "")
         files = {

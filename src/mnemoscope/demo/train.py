@@ -38,6 +38,7 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from ..parsing import parse_json
 from ..terminal import guard
 from .world import GUIDANCE
 
@@ -66,7 +67,7 @@ class Draws:
     """
 
     def __init__(self, world: Path, manifest: str = "manifest.jsonl", size: int = 64):
-        rows = [json.loads(line) for line in (world / manifest).read_text(encoding="utf-8").splitlines()]
+        rows = [parse_json(line) for line in (world / manifest).read_text(encoding="utf-8").splitlines()]
         self.rows = [r for r in rows if r["draws"]]
         self.size = size
         self.list = torch.tensor([i for i, r in enumerate(self.rows) for _ in range(r["draws"])])
@@ -286,7 +287,7 @@ def make_tokenizer(captions: list[str], folder: Path, size: int = 1600) -> CLIPT
         captions,
         trainers.BpeTrainer(vocab_size=size, initial_alphabet=alphabet, end_of_word_suffix="</w>", show_progress=False),
     )
-    merges = [tuple(m) for m in json.loads(learner.to_str())["model"]["merges"]]
+    merges = [tuple(m) for m in parse_json(learner.to_str())["model"]["merges"]]
     words = [*alphabet, *(a + "</w>" for a in alphabet)]
     words += [w for w in dict.fromkeys(a + b for a, b in merges) if w not in set(words)]
     vocab = {w: i for i, w in enumerate([*words, "<|startoftext|>", "<|endoftext|>"])}
@@ -317,7 +318,7 @@ def train_text_to_image(
     vae = (
         AutoencoderKL.from_pretrained(world / "autoencoder").requires_grad_(False).to(memory_format=torch.channels_last)
     )
-    rows = [json.loads(line) for line in (world / "manifest.jsonl").read_text(encoding="utf-8").splitlines()]
+    rows = [parse_json(line) for line in (world / "manifest.jsonl").read_text(encoding="utf-8").splitlines()]
     tokenizer = make_tokenizer([r["caption"] for r in rows], folder / "tokenizer")
     text_encoder = CLIPTextModel(CLIPTextConfig(
         vocab_size=len(tokenizer), hidden_size=128, intermediate_size=384, num_hidden_layers=2, num_attention_heads=4,

@@ -13,7 +13,6 @@ these they are judged (``docs/descriptors.md``).
 from __future__ import annotations
 
 import argparse
-import json
 import zipfile
 from collections.abc import Callable, Sequence
 from io import BytesIO
@@ -29,6 +28,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ..parsing import parse_json
 from ..similarity.captions import WorldCaptionsNetwork
 from ..similarity.fingerprint import FingerprintNetwork
 from ..terminal import guard
@@ -149,7 +149,7 @@ class Sources:
     """
 
     def __init__(self, world: Path, vae: AutoencoderKL):
-        rows = [json.loads(line) for line in (world / "manifest.jsonl").read_text(encoding="utf-8").splitlines()]
+        rows = [parse_json(line) for line in (world / "manifest.jsonl").read_text(encoding="utf-8").splitlines()]
         unseen = {r["picture"] for r in rows if r["group"] in ("heldout", "twin")}
         names = [n for n in dict.fromkeys(r["picture"] for r in rows) if n not in unseen]
         with zipfile.ZipFile(world / "pictures.zip") as z:
@@ -259,7 +259,7 @@ def train_captions(world: Path, steps: int = 700, n: int = 128) -> None:
     """The network of :class:`mnemoscope.similarity.captions.WorldCaptions`."""
     torch.manual_seed(SEED)  # initial weights only
     vae = AutoencoderKL.from_pretrained(world / "autoencoder").requires_grad_(False)
-    rows = [json.loads(line) for line in (world / "manifest.jsonl").read_text(encoding="utf-8").splitlines()]
+    rows = [parse_json(line) for line in (world / "manifest.jsonl").read_text(encoding="utf-8").splitlines()]
     judged = [r for r in rows if r["group"] == "twin" or (r["group"] == "heldout" and r["style"] == "fluent")]
     shown = [r for r in rows if r not in judged]
     with zipfile.ZipFile(world / "pictures.zip") as z:

@@ -6,7 +6,6 @@ known how often exactly which pixels were shown in training. How it was made: :m
 
 from __future__ import annotations
 
-import json
 import re
 import zipfile
 from collections.abc import Iterable, Sequence
@@ -24,6 +23,9 @@ from torch import Tensor
 from .. import stats
 from ..detect.calibrate import Calibration
 from ..errors import UnknownName, UsageError
+from ..parsing import json_lines
+from ..records.documents import read_json
+from ..records.files import open_regular
 from ..similarity.base import Descriptor
 from ..similarity.decoding import KEPT, decode
 from ..similarity.fingerprint import Fingerprint
@@ -80,8 +82,8 @@ class World:
         if model not in files:
             raise UnknownName("bundled model", model, files)
         self.model, self.folder = model, folder
-        lines = (folder / files[model]).read_text(encoding="utf-8").splitlines()
-        self.rows = [Row(**json.loads(line)) for line in lines]
+        with open_regular(folder / files[model]) as file:
+            self.rows = [Row(**row) for _, row in json_lines(file)]
 
     def __repr__(self) -> str:
         counts = ", ".join(f"{g} {len(self.of(g))}" for g in GROUPS if self.of(g))
@@ -251,7 +253,7 @@ class WorldReference(ReferenceSet):
 
 def _kept_reference(world: World) -> WorldReference | None:
     """The bundled descriptors and null distributions; None where they were made with another descriptor."""
-    descriptor, stored = Fingerprint(), json.loads(COPIES.read_text(encoding="utf-8"))
+    descriptor, stored = Fingerprint(), read_json(COPIES)
     if stored["descriptor"] != descriptor.name:
         return None
     place = {name: i for i, name in enumerate(World().shown)}  # each model was shown a part of these

@@ -27,6 +27,7 @@ from ..demo.world import Row, World
 from ..errors import UsageError
 from ..models.base import Target
 from ..models.load import load
+from ..records.documents import read_json
 from ..records.store import digest, write_whole
 from ..report import svg
 from .pages import Finding, alone, machine, table
@@ -119,7 +120,7 @@ def law(copies: np.ndarray, hits: np.ndarray, *, resamples: int = RESAMPLES) -> 
 
 def _counted(world: World, target: Target, rows: Sequence[Row], file: Path) -> np.ndarray:
     """``[row, question]``: drawings that are the picture, and copies of it; what was drawn before is not drawn again."""
-    kept: dict[str, list[int]] = json.loads(file.read_bytes()) if file.exists() else {}
+    kept: dict[str, list[int]] = read_json(file) if file.exists() else {}
     todo = [row for row in rows if row.id not in kept]
     for start in range(0, len(todo), 8):
         some = todo[start : start + 8]

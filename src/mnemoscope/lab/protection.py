@@ -35,6 +35,7 @@ from ..errors import UsageError
 from ..models.base import Target
 from ..models.load import load
 from ..models.sampling import denoise, final
+from ..records.documents import read_json
 from ..records.store import digest, write_whole
 from ..report import svg
 from ..similarity.captions import WorldCaptions
@@ -183,7 +184,7 @@ def _outcome(
     lists = [[row.id for row in some] for some in (repeated, ordinary)]
     file = folder / f"outcome-{digest([config.model_dump(mode='json'), COPIES, OTHERS, SEEDS, SAMPLER, lists])}.json"
     if file.exists():
-        return Outcome(**json.loads(file.read_bytes()))
+        return Outcome(**read_json(file))
     from ..train.run import fine_tune  # needs an extra that the other studies do not
 
     whole = not (folder / "train.json").exists()

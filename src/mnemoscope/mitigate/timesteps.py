@@ -11,7 +11,6 @@ make magnitudes at different times comparable. All of it belongs to one model at
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +21,7 @@ from torch import Tensor
 
 from .. import stats
 from ..errors import UsageError
+from ..records.documents import read_json
 from ..records.schema import FORMAT, Record
 from ..records.store import write_whole
 from ..types import PerSample
@@ -132,7 +132,7 @@ class TimestepThresholds:
             UsageError: there is none, or it is damaged or of another format.
         """
         try:
-            content = json.loads(Path(path).read_bytes())
+            content = read_json(path)
             if isinstance(content, dict) and content.get("format", FORMAT) != FORMAT:
                 raise UsageError(
                     f"{path} has format {content['format']!r}, not {FORMAT}; fit it again with this version."

@@ -29,6 +29,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import CannotAudit
+from ..parsing import parse_json
 from ..records.files import read_regular
 
 Shapes: TypeAlias = Mapping[str, Sequence[int]]
@@ -42,9 +43,6 @@ LARGEST = 8 << 20
 
 LARGEST_VOCABULARY = 256 << 20
 """Bytes that the files of a tokenizer may have, each."""
-
-DEEPEST = 50
-"""Levels of lists and objects within each other that a document may have."""
 
 MOST_TIMESTEPS = 100_000
 """Training timesteps that a scheduler may have; published models have 1000, a few 4000."""
@@ -130,10 +128,8 @@ def read_document(path: Path, limit: int = LARGEST) -> Any:
         CannotAudit: it is no regular file, too large, no JSON, or holds a number that is not finite.
     """
     try:
-        document = json.loads(read_regular(path, limit))
-        for name, value, depth in _parts(document):
-            if depth > DEEPEST:
-                raise ValueError(f"its parts lie more than {DEEPEST} deep in each other")
+        document = parse_json(read_regular(path, limit), lenient=True)
+        for name, value in _parts(document):
             # The one setting of diffusers whose default is infinite: no bound.
             if isinstance(value, float) and not math.isfinite(value) and name != "lambda_min_clipped":
                 raise ValueError(f"{_short(name)} is {value}, which is no number to compute with")
@@ -141,23 +137,21 @@ def read_document(path: Path, limit: int = LARGEST) -> Any:
         raise
     except OSError as e:
         raise CannotAudit(f"{path} cannot be read ({e.strerror or e}); download or copy it again.") from e
-    except (ValueError, RecursionError) as e:
+    except ValueError as e:
         raise CannotAudit(f"{path} is damaged ({first_line(e)}); download or copy it again.") from e
     return document
 
 
-def _parts(document: Any) -> Iterator[tuple[str, Any, int]]:
-    """Everything in a document: the name that it stands under, its value, and how deep it lies."""
-    waiting: list[tuple[str, Any, int]] = [("it", document, 1)]
+def _parts(document: Any) -> Iterator[tuple[str, Any]]:
+    """Everything in a document: the name that it stands under, and its value."""
+    waiting: list[tuple[str, Any]] = [("it", document)]
     while waiting:
-        name, value, depth = part = waiting.pop()
+        name, value = part = waiting.pop()
         yield part
-        if depth > DEEPEST:
-            continue
         if isinstance(value, dict):
-            waiting += [(k, v, depth + 1) for k, v in value.items()]
+            waiting += value.items()
         elif isinstance(value, list):
-            waiting += [(name, v, depth + 1) for v in value]
+            waiting += [(name, v) for v in value]
 
 
 def read_settings(path: Path, limit: int = LARGEST) -> dict[str, Any]:
@@ -227,10 +221,10 @@ def require_data(folder: Path, variant: str | None = None) -> None:
 
 def _require_no_programs(settings: Mapping[str, Any], file: Path) -> None:
     """Refuse settings that have transformers fetch code or read another file, and a class that diffusers does not have."""
-    for name, value, _ in _parts(settings):
+    for name, value in _parts(settings):
         # A name with a slash is that of a repository on the hub, whose code computes the attention.
         if name == "auto_map" or (
-            "_implementation" in name and any("/" in v for _, v, _ in _parts(value) if isinstance(v, str))
+            "_implementation" in name and any("/" in v for _, v in _parts(value) if isinstance(v, str))
         ):
             raise CannotAudit(f"{file} names code of its own ({name}); code that a model brings is not run.")
         if name == "configuration_files":
@@ -298,7 +292,7 @@ def require_tokenizer(kind: type, folder: Path) -> None:
 
 def _require_bounded(normalizer: Any, file: Path) -> None:
     """Refuse a normalizer that would make a short text very long."""
-    steps = [value for name, value, _ in _parts(normalizer) if isinstance(value, dict) and name != "pattern"]
+    steps = [value for name, value in _parts(normalizer) if isinstance(value, dict) and name != "pattern"]
     growing = 0
     for step in steps:
         text = str(step.get("prepend") or step.get("content") or "")
@@ -336,10 +330,10 @@ def require_adapter(file: Path) -> None:
     try:
         if len(text) > LARGEST:
             raise ValueError(f"it has {len(text):,} characters, and the limit is {LARGEST:,}")
-        settings = json.loads(text)
+        settings = parse_json(text, lenient=True)
         if not isinstance(settings, dict):
             raise ValueError("it holds no named settings")
-    except (ValueError, RecursionError) as e:
+    except ValueError as e:
         raise CannotAudit(f"the metadata of {file} is damaged ({first_line(e)}); download or copy it again.") from e
     widest = max((max(shape, default=0) for shape in shapes.values()), default=0)
     for name, value in settings.items():
@@ -474,7 +468,7 @@ def require_schedule(file: Path) -> None:
     order = settings.get("solver_order", 1)
     if not _is_whole(order) or not 1 <= order <= 3:
         raise CannotAudit(f"{file}: solver_order is {_short(order)}; it must be 1, 2 or 3.")
-    for name, value, _ in _parts(settings):
+    for name, value in _parts(settings):
         if _is_whole(value) and abs(value) > LARGEST_NUMBER:
             raise CannotAudit(f"{file}: {name} is {_short(value)}; it must be at most {LARGEST_NUMBER:,}.")
     for name in ("shift", "flow_shift"):
@@ -557,9 +551,9 @@ def outline(kind: Any, settings: Mapping[str, Any], folder: Path, held: int, ten
         f"tensors); download or copy it again."
     )
     # No width, length or number of layers is larger than all of it; some become lists before a layer is made.
-    if any(isinstance(value, int) and value > most for _, value, _ in _parts(settings)):
+    if any(isinstance(value, int) and value > most for _, value in _parts(settings)):
         raise described
-    for name, value, _ in _parts(settings):
+    for name, value in _parts(settings):
         if name in ("num_labels", "_num_labels") and isinstance(value, int) and value > MOST_LABELS:
             raise CannotAudit(f"{folder / 'config.json'}: {name} is {value}; it must be at most {MOST_LABELS:,}.")
     with opening(str(folder)), _silent(), torch.device("meta"), _at_most(most_tensors, described):
@@ -571,7 +565,7 @@ def outline(kind: Any, settings: Mapping[str, Any], folder: Path, held: int, ten
     if sum(tensor.numel() for tensor in [*network.parameters(), *network.buffers()]) > most:
         raise described
     # Packed weights have other names and shapes than the network, so nobody can say here that none is missing.
-    if any(name == "quantization_config" and value is not None for name, value, _ in _parts(settings)):
+    if any(name == "quantization_config" and value is not None for name, value in _parts(settings)):
         raise CannotAudit(
             f"{folder} holds quantized weights, which cannot be compared with its config.json; load the component with its own library, "
             f"and give it as an object."

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from ..errors import CannotAudit
+from ..parsing import parse_json
 from ..records.files import hash_file
 
 PICKLES = frozenset({".ckpt", ".pt", ".pth", ".bin", ".pkl"})
@@ -179,7 +180,7 @@ def scheduler_fields(scheduler: Any) -> dict[str, Any]:
 
 def plain(value: Any) -> Any:
     """``value`` as JSON would give it back (tuples become lists, arrays become lists)."""
-    return json.loads(json.dumps(value, default=lambda v: v.tolist() if hasattr(v, "tolist") else str(v)))
+    return parse_json(json.dumps(value, default=lambda v: v.tolist() if hasattr(v, "tolist") else str(v)), lenient=True)
 
 
 def with_fingerprint(identity: dict[str, Any]) -> dict[str, Any]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
 from pydantic import ConfigDict, Field, ValidationError
 
 from ..errors import UsageError
+from ..parsing import json_lines
+from .files import open_regular
 from .schema import FORMAT, Record
 from .store import write_whole
 
@@ -78,8 +79,8 @@ def read_history(path: str | Path) -> list[Reading]:
         UsageError: the file cannot be read, or holds something else.
     """
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-        return [Reading.model_validate(json.loads(line)) for line in lines]
+        with open_regular(path) as file:
+            return [Reading.model_validate(reading) for _, reading in json_lines(file)]
     except OSError as e:
         raise UsageError(f"{path} cannot be read ({e.strerror or e}); write a history with write_history.") from None
     except ValidationError as e:

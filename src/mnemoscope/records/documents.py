@@ -1,4 +1,4 @@
-"""Files that a document names: a configuration, a policy, a list of pictures.
+"""Documents on disk, and the files that they name: a configuration, a policy, a list of pictures.
 
 Such a document may come from somebody else, and what it makes a command read ends in results that are handed back. So it names files of
 its own folder, or visible ones below the working directory; for any other file, the reader names it himself.
@@ -8,11 +8,33 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 from ..errors import UsageError
-from .files import leads_out
+from ..parsing import parse_json
+from .files import leads_out, read_inside, read_regular
 
-__all__ = ["require_reachable"]
+__all__ = ["LARGEST", "read_json", "require_reachable"]
+
+LARGEST = 64 << 20
+"""Bytes of the largest document that is read whole."""
+
+
+def read_json(path: str | Path, folder: str | Path | None = None, limit: int = LARGEST) -> Any:
+    """The plain value of a JSON document.
+
+    Args:
+        path: The file.
+        folder: What it must lie in, links followed; None: whoever runs this named the file, and it may be any.
+        limit: Bytes that it may have.
+
+    Raises:
+        OSError: there is none, it may not be read, it leads out of the folder, or it is too large or no regular file.
+        ParseError: it is no JSON; see :mod:`mnemoscope.parsing`.
+    """
+    if folder is None:
+        return parse_json(read_regular(path, limit))
+    return parse_json(read_inside(folder, Path(path).relative_to(folder).as_posix(), limit))
 
 
 def require_reachable(document: str | Path, what: str, name: str | Path, cure: str) -> None:

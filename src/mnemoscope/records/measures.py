@@ -22,6 +22,7 @@ from typing import Annotated, Any, Literal, TypeAlias
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from ..errors import RunError
+from .documents import read_json
 from .files import file_inside, is_file_inside, leads_out
 from .schema import FORMAT
 from .store import MEASURES, differences, read_document, write_whole
@@ -328,7 +329,7 @@ def keep_levels(folder: str | Path, file: str | Path) -> None:
     found = Measures.read(folder).levels(file)
     if found.scores:
         path = Path(folder) / NAME
-        facts = json.loads(path.read_text(encoding="utf-8")) | {"levels": found.scores}
+        facts = read_json(path, path.parent) | {"levels": found.scores}
         write_whole(path, (json.dumps(facts, indent=1) + "\n").encode())
 
 

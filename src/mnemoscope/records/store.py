@@ -28,6 +28,8 @@ from filelock import FileLock, Timeout
 from pydantic import BaseModel, ValidationError
 
 from ..errors import RunError
+from ..parsing import LONGEST_LINE, ParseError, parse_json
+from .documents import read_json
 from .files import files_below, open_inside, read_inside
 from .schema import FORMAT, Manifest, Row
 
@@ -482,19 +484,22 @@ def sound_lines(path: Path) -> Iterator[_Line]:
     damage: RunError | None = None
     end = 0
     with _opened(path) as file:
-        for number, raw in enumerate(file, 1):
+        for number, raw in enumerate(iter(lambda: file.readline(LONGEST_LINE + 1), b""), 1):
             if damage is not None:
                 raise damage
+            if len(raw) > LONGEST_LINE:
+                raise _damaged(path, number, f"it has more than {LONGEST_LINE:,} bytes")
             end += len(raw)
             try:
-                head = json.loads(raw)
+                head = parse_json(raw)
                 sound = raw.endswith(b"\n") and isinstance(head["id"], str) and head["status"] in ("ok", "error")
-            except (ValueError, TypeError, KeyError, RecursionError):
-                sound = False
+                why = "it is no sample"
+            except (ParseError, TypeError, KeyError) as e:
+                sound, why = False, str(e) if isinstance(e, ParseError) else "it is no sample"
             if sound:
                 yield _Line(path, number, raw, head, end)
             else:
-                damage = _damaged(path, number, "it does not parse")
+                damage = _damaged(path, number, why)
 
 
 def _opened(path: Path) -> BinaryIO:
@@ -518,7 +523,7 @@ def _amended(head: Mapping[str, Any], facts: Mapping[str, Any]) -> dict[str, Any
 def _row(line: _Line, content: Mapping[str, Any] | None = None) -> Row:
     """The row of a line, or what it becomes with other content."""
     try:
-        return Row.model_validate_json(line.raw) if content is None else Row.model_validate(content)
+        return Row.model_validate(line.head if content is None else content)
     except ValidationError as e:
         raise _damaged(line.path, line.number, first_error(e)) from e
 
@@ -608,8 +613,8 @@ def _copy(folder: Path, name: str, into: Path) -> None:
 def _difference(one: bytes, other: bytes) -> str:
     """The first difference of two JSON files, in words; empty: none but in their layout."""
     try:
-        return next(iter(differences(json.loads(one), json.loads(other))), "")
-    except (ValueError, RecursionError):
+        return next(iter(differences(parse_json(one), parse_json(other))), "")
+    except ParseError:
         return "" if one == other else "one of them does not parse"
 
 
@@ -719,11 +724,10 @@ def read_document(
         RunError: it is missing, leads out of the folder, cannot be read, is of a later format, or holds something else.
     """
     try:
-        data = path.read_bytes() if folder is None else read_inside(folder, path.relative_to(folder).as_posix())
-        content = json.loads(data)
+        content = read_json(path, folder)
     except (FileNotFoundError, NotADirectoryError):
         raise RunError(missing) from None
-    except (OSError, ValueError, RecursionError) as e:
+    except (OSError, ValueError) as e:
         why = e.strerror if isinstance(e, OSError) else None
         raise RunError(f"{path} cannot be read ({why or e}); restore it, or {cure}.") from e
     if isinstance(content, dict) and isinstance(content.get("format"), int) and content["format"] > newest:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UsageError
+from .documents import read_json
 from .store import write_whole
 
 NONE = "none"
@@ -140,7 +141,7 @@ class Trial:
             UsageError: it is not there, or is no such document.
         """
         try:
-            content = json.loads(Path(path).read_bytes())
+            content = read_json(path)
             made: dict[str, Any] = {
                 "cases": [Case(**c) for c in content.pop("cases")],
                 "cells": [Cell(**c) for c in content.pop("cells")],

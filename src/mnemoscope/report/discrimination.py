@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from .. import stats
 from ..errors import UsageError
+from ..parsing import parse_json
 from .findings import Finding
 
 TEXT_SCORES = {"ngrams": "text only: character n-grams", "capitals": "text only: capitals and digits"}
@@ -89,7 +89,7 @@ class Baseline:
     def parse(cls, data: bytes) -> Baseline:
         """Read ``controls.json``; raises ValueError when it is something else."""
         try:
-            stored = json.loads(data)
+            stored = parse_json(data)
             found = {name: stored[key] for key, name in TEXT_SCORES.items() if stored[key] is not None}
             separations = {
                 name: stats.Separation(stats.Interval(**v["auc"]), stats.Interval(**v["tpr"]), v["fpr"])

@@ -19,11 +19,12 @@ from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from .. import stats
 from ..errors import UnknownName, UsageError
+from ..parsing import LARGEST_YAML, ParseError, parse_yaml
+from ..records.files import read_regular
 from ..records.store import short
 from .words import Number, prompts
 
@@ -215,11 +216,11 @@ class Policy(_Section):
             UsageError: it cannot be read, or is no policy.
         """
         try:
-            content = yaml.safe_load(Path(path).read_bytes())
+            content = parse_yaml(read_regular(path, LARGEST_YAML))
         except OSError as e:
             raise UsageError(f"policy {path} cannot be read ({e.strerror or e}); name a YAML file.") from None
-        except (yaml.YAMLError, UnicodeDecodeError, ValueError, RecursionError) as e:
-            raise UsageError(f"policy {path} is not YAML ({' '.join(str(e).split())}).") from None
+        except ParseError as e:
+            raise UsageError(f"policy {path} cannot be read ({e}); correct it.") from None
         if not isinstance(content, dict):
             raise UsageError(f"policy {path} holds {type(content).__name__}; begin with `version: 1` and `rules:`.")
         return cls(**{str(k): v for k, v in content.items()})

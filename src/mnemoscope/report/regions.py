@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from ..records.files import read_inside
+from ..records.documents import read_json
 from ..records.store import write_whole
 
 __all__ = ["NAME", "read_regions", "write_regions"]
@@ -22,7 +22,7 @@ def write_regions(run: Path, kept: Mapping[str, Mapping[str, str]]) -> Path:
 def read_regions(run: Path) -> dict[str, tuple[str, str]]:
     """From prompts to file and words; empty where there are none, or where the file is damaged."""
     try:
-        stored = json.loads(read_inside(run, NAME))
+        stored = read_json(run / NAME, run)
         return {str(prompt): (str(entry["file"]), str(entry["alt"])) for prompt, entry in stored.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return {}

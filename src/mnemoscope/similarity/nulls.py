@@ -8,10 +8,11 @@ stated share of such pairs exceeds. They are small clean pictures: on other pict
 
 from __future__ import annotations
 
-import json
 from functools import cache
 from pathlib import Path
 from typing import Any
+
+from ..records.documents import read_json
 
 __all__ = ["FILE", "FMR", "in_words", "null_of"]
 
@@ -22,7 +23,7 @@ FMR = (1e-2, 1e-3, 1e-4)
 
 @cache
 def _nulls() -> dict[str, dict[str, Any]]:
-    return json.loads(FILE.read_text(encoding="utf-8"))
+    return read_json(FILE)
 
 
 def null_of(name: str) -> dict[str, Any] | None:

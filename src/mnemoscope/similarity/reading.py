@@ -8,7 +8,6 @@ millions of files hold every fault there is.
 from __future__ import annotations
 
 import hashlib
-import json
 import lzma
 import os
 import tarfile
@@ -28,7 +27,8 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Protocol, TypeAlias, runtime_ch
 from PIL import Image
 
 from ..errors import MnemoscopeError, UnknownName, UsageError
-from ..records.files import file_inside, leads_out, open_inside, open_regular, read_inside
+from ..records.documents import read_json
+from ..records.files import file_inside, leads_out, open_inside, open_regular
 from .decoding import ENDINGS, MAX_BYTES, decode
 
 if TYPE_CHECKING:
@@ -778,10 +778,10 @@ def _saved_files(folder: Path) -> Iterator[tuple[str, Path]]:
     try:
         splits = [""]
         if (folder / "dataset_dict.json").is_file():
-            listed = json.loads(read_inside(folder, "dataset_dict.json"))["splits"]
+            listed = read_json(folder / "dataset_dict.json", folder)["splits"]
             splits = [f"{name}/" for name in listed]
         for split in splits:
-            for file in json.loads(read_inside(folder, f"{split}state.json"))["_data_files"]:
+            for file in read_json(folder / f"{split}state.json", folder)["_data_files"]:
                 name = split + file["filename"]
                 yield name, file_inside(folder, name)
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as e:

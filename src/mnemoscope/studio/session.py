@@ -15,6 +15,7 @@ from urllib.parse import urlencode
 from pydantic import ValidationError
 
 from ..errors import UsageError
+from ..parsing import json_lines
 from ..records.schema import Row
 
 __all__ = ["LARGEST", "LONGEST", "TYPED", "Link", "Session", "State", "read_session"]
@@ -195,8 +196,8 @@ def read_session(name: str, data: bytes) -> list[tuple[str, str]]:
         )
     found: dict[str, str] = {}
     try:
-        for line in data.decode().splitlines():
-            row = Row.model_validate_json(line)
+        for _, content in json_lines(io.BytesIO(data)):
+            row = Row.model_validate(content)
             found.setdefault(row.prompt, (row.group or TYPED).partition(". ")[2] or TYPED)
     except (ValidationError, ValueError):
         raise UsageError(

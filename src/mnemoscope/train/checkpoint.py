@@ -20,6 +20,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ..errors import RunError
+from ..parsing import parse_json
+from ..records.documents import read_json
 from ..records.store import explained, write_whole
 
 __all__ = ["Checkpoints", "StepLog", "optimizer_tensors", "restore_optimizer"]
@@ -96,7 +98,7 @@ def read_state(folder: Path) -> dict[str, Any]:
         RunError: it is damaged.
     """
     try:
-        return json.loads((folder / "state.json").read_bytes())
+        return read_json(folder / "state.json")
     except (OSError, ValueError) as e:
         raise RunError(
             f"{folder}/state.json cannot be read ({e}); remove {folder}, and the command goes on without."
@@ -133,7 +135,7 @@ class StepLog:
         if not self.path.is_file():
             return []
         lines = self.path.read_bytes().split(b"\n")[:-1]
-        return [json.loads(line) for line in lines]
+        return [parse_json(line) for line in lines]
 
     def cut(self, step: int) -> None:
         """Forget what came after a step."""

@@ -17,6 +17,7 @@ from filelock import FileLock, Timeout
 from ..errors import RunError, UnknownName, UsageError
 from ..mitigate.timesteps import TimestepThresholds
 from ..mitigate.training import MemorizationFilter
+from ..records.documents import read_json
 from ..records.store import differences, digest, explained, in_use, write_whole
 from ..similarity.reading import Anything
 from .cache import Captions, LatentCache, encode_pictures
@@ -211,7 +212,7 @@ def _refuse_others(folder: Path, settings: dict[str, Any]) -> None:
             raise RunError(f"{folder} holds {strangers[0]!r} and no training; choose a new folder.")
         return
     try:
-        stored = json.loads(path.read_bytes())
+        stored = read_json(path)
     except ValueError as e:
         raise RunError(f"{path} is damaged ({e}); restore it, or start in a new folder.") from None
     asked = {k: v for k, v in settings.items() if k != "resolution" or v is not None}

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UsageError
+from ..records.documents import read_json
 from ..records.store import write_whole
 from ..similarity.base import build
 from ..similarity.duplicates import find_clusters
@@ -103,7 +104,7 @@ def read_repeats(path: Path, data: TrainingSet) -> Repeats | None:
     """What :func:`write_repeats` wrote about exactly these pictures; None: nothing."""
     if not path.is_file():
         return None
-    found = json.loads(path.read_bytes())
+    found = read_json(path)
     if found["data"] != data.digest():
         return None
     rows = {p.id: i for i, p in enumerate(data.pictures)}

@@ -23,6 +23,7 @@ from typing import BinaryIO, NamedTuple
 from pydantic import ValidationError
 
 from ..errors import MnemoscopeError, RunError, UnknownName, UsageError
+from ..parsing import ParseError, parse_json
 from ..records.files import open_inside
 from ..records.schema import Manifest, Nearest, Row, Score, Thresholds
 from ..records.store import Run, digest
@@ -308,8 +309,8 @@ class _Tail:
                 return
             number += 1
             try:
-                row = Row.model_validate_json(raw)
-            except ValidationError:
+                row = Row.model_validate(parse_json(raw))
+            except (ParseError, ValidationError):
                 waiting.append(f"Line {number} of {self.path} is damaged and left out here.")
             else:
                 self.damaged += waiting
@@ -546,8 +547,8 @@ class _Reader:
         try:
             with _opened(path) as file:
                 file.seek(start)
-                row = Row.model_validate_json(file.read(length))
-        except (OSError, ValidationError) as e:
+                row = Row.model_validate(parse_json(file.read(length)))
+        except (OSError, ParseError, ValidationError) as e:
             raise _changed(path) from e
         if row.id != id:
             raise _changed(path)
