@@ -601,6 +601,13 @@ def test_a_saved_data_set_names_files_of_its_own(outside, tmp_path, name):
         open_source(sent)
 
 
+def test_a_saved_data_set_lists_each_file_once(outside, tmp_path):
+    shutil.copy(outside / "p.arrow", tmp_path / "p.arrow")
+    (tmp_path / "state.json").write_text(json.dumps({"_data_files": [{"filename": "p.arrow"}] * 2}))
+    with pytest.raises(UsageError, match=r"'p\.arrow' is listed twice"):
+        open_source(tmp_path)
+
+
 @pytest.mark.parametrize("name", ["p.zip", "p.tar", "p.parquet"])
 def test_a_pipe_is_not_waited_for(tmp_path, name):
     os.mkfifo(tmp_path / name)

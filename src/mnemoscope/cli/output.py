@@ -53,6 +53,8 @@ def filtered() -> None:
     """Let everything that is logged, warned of or raised from now on pass the filter, whichever handler prints it."""
     logging.setLogRecordFactory(_record)
     warnings.formatwarning = _warning
+    # Pixels are bounded by need, before decoding; what is above Pillow's bound and below ours is no cause for alarm.
+    warnings.filterwarnings("ignore", message=r"Image size \(\d+ pixels\) exceeds limit")
     # Hooks that somebody has set stay.
     if sys.excepthook is sys.__excepthook__:
         sys.excepthook = _uncaught

@@ -780,12 +780,19 @@ def _saved_files(folder: Path) -> Iterator[tuple[str, Path]]:
         if (folder / "dataset_dict.json").is_file():
             listed = read_json(folder / "dataset_dict.json", folder)["splits"]
             splits = [f"{name}/" for name in listed]
+        names: set[str] = set()
         for split in splits:
             for file in read_json(folder / f"{split}state.json", folder)["_data_files"]:
                 name = split + file["filename"]
+                if name in names:
+                    raise ValueError(f"{name!r:.200} is listed twice")
+                names.add(name)
                 yield name, file_inside(folder, name)
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as e:
-        why = f"{e.filename}: {e.strerror}" if isinstance(e, OSError) else repr(e)
+        if isinstance(e, OSError):
+            why = f"{e.filename}: {e.strerror}"
+        else:
+            why = str(e) if isinstance(e, ValueError) else repr(e)
         raise UsageError(
             f"{folder} does not list the files of a data set that lie in it ({why}); save it again."
         ) from e
