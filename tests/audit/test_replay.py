@@ -17,6 +17,7 @@ from mnemoscope.audit.batch import webp
 from mnemoscope.audit.config import AuditConfig
 from mnemoscope.audit.replay import Evidence, Replayed, _Comparison, choose, config_of, other_reference, replay
 from mnemoscope.audit.run import audit, calibrate
+from mnemoscope.detect.calibrate import Calibration
 from mnemoscope.errors import UsageError
 from mnemoscope.models.base import Condition
 from mnemoscope.models.gaussian import Gaussian
@@ -77,15 +78,7 @@ def edit(run: Run, number: int, change: Callable[[dict[str, Any]], None]) -> str
 def judged_at(run: Run, threshold: float) -> None:
     """A threshold wherever a test wants it."""
     setting = {"seeds": run.manifest.config["seeds"], "target": run.manifest.setting["target"]}
-    record = Thresholds(
-        detector="magnitude",
-        setting=setting,
-        scores=[threshold] * 99,
-        fpr=0.01,
-        threshold=threshold,
-        interval=(None, None),
-    )
-    (run.folder / "thresholds.json").write_text(record.model_dump_json())
+    Calibration.fit([threshold] * 99, setting, detector="magnitude").save(run.folder / "thresholds.json")
 
 
 # The same

@@ -12,7 +12,8 @@ import typer
 
 from mnemoscope.cli import gate as command
 from mnemoscope.cli import main as cli
-from mnemoscope.records import Manifest, Nearest, Row, Run, Score, Thresholds, sample_id
+from mnemoscope.detect.calibrate import Calibration
+from mnemoscope.records import Manifest, Nearest, Row, Run, Score, sample_id
 from mnemoscope.records.store import Writer, digest
 
 SETTING = {"guidance": 7.5, "steps": 50}
@@ -24,20 +25,21 @@ def prompt_of(i: int) -> str:
 
 
 def write_run(
-    folder, n=59, copies=(), *, above=(), seeds=2, shard=None, calibrated=True, broken=(), **manifest
+    folder, n=59, copies=(), *, above=(), seeds=2, shard=None, calibrated=True, broken=(), prompts=None, **manifest
 ) -> Path:
-    """A run of n prompts; of ``shard`` (k, m) only every m-th."""
+    """A run of n prompts; of ``shard`` (k, m) only every m-th. ``prompts`` replaces the text of single ones."""
     facts = {"config": {"seeds": seeds, "prompts": {"path": "p.txt"}}, "setting": SETTING, "asked": n * seeds}
     k, m = shard or (0, 1)
     status = "done" if m == 1 else "incomplete"
     run = Run.open(folder, Manifest(**({"status": status} | facts | manifest)))
     rows = []
     for i in range(k, n, m):
+        text = (prompts or {}).get(i, prompt_of(i))
         for seed in range(seeds):
             head = {
-                "id": sample_id(prompt_of(i), seed, SETTING),
+                "id": sample_id(text, seed, SETTING),
                 "prompt_id": f"p{i}",
-                "prompt": prompt_of(i),
+                "prompt": text,
                 "seed": seed,
             }
             if i in broken:
@@ -53,11 +55,8 @@ def write_run(
         writer.append(rows)
     if calibrated:
         scores = [1 + i / 1000 for i in range(199)]
-        setting = SETTING | {"seeds": seeds}
-        record = Thresholds(
-            detector="magnitude", setting=setting, scores=scores, fpr=0.01, threshold=2.0, interval=(1.9, 2.1)
-        )
-        (run.folder / "thresholds.json").write_text(record.model_dump_json())
+        made = Calibration.fit(scores, SETTING | {"seeds": seeds}, detector="magnitude", fpr=0.01)
+        made.save(run.folder / "thresholds.json")
     return run.folder
 
 
@@ -124,7 +123,7 @@ def test_a_copy_fails_and_the_summary_is_appended_to(gate):
     ("made", "sentence"),
     [
         ({"n": 20}, "20 can never show 5 %: that takes 59"),
-        ({"broken": [7]}, "the run is done with 116 of 118 samples"),
+        ({"broken": [7]}, "the run is incomplete with 116 of 118 samples"),
         ({"asked": 500}, "118 of 500 samples"),
         ({"status": "running"}, "the run is running"),
         ({"calibrated": False}, "the run has no threshold"),
@@ -150,11 +149,7 @@ def test_shards_are_one_audit(gate):
 
 
 def test_near_duplicate_prompts_are_one_case_unless_the_policy_knows_better(gate):
-    run = write_run("runs/rc", n=60)
-    file = run / "samples.jsonl"
-    file.write_text(
-        file.read_text().replace(prompt_of(1), prompt_of(0) + " photo").replace(prompt_of(2), prompt_of(0) + " print")
-    )
+    write_run("runs/rc", n=60, prompts={1: prompt_of(0) + " photo", 2: prompt_of(0) + " print"})
     code, out, _ = gate("runs/rc")
     assert code == 3
     assert "58 clusters of 60 prompts" in out

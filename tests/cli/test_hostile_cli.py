@@ -12,7 +12,8 @@ import pytest
 from PIL import Image
 
 from mnemoscope.cli import screen
-from mnemoscope.records.schema import Manifest, Nearest, Row, Score, Thresholds
+from mnemoscope.detect.calibrate import Calibration
+from mnemoscope.records.schema import Manifest, Nearest, Row, Score
 from mnemoscope.records.store import Run, Writer, sample_id
 
 ATTACK = (
@@ -56,10 +57,8 @@ def hostile(tmp_path, monkeypatch) -> Path:
         rows.append(Row(**head, status="ok", scores={"magnitude": score, ATTACK: score}, nearest=near, note=ATTACK))
     with Writer(kept) as writer:
         writer.append(rows)
-    record = Thresholds(
-        detector="magnitude", setting=SETTING, scores=[1.0, 2.0], fpr=0.5, threshold=2.0, interval=(1.0, 2.0), source=ATTACK
-    )  # fmt: skip
-    (kept.folder / "thresholds.json").write_text(record.model_dump_json())
+    made = Calibration.fit([1.0, 2.0], SETTING, detector="magnitude", fpr=0.5, source=ATTACK)
+    made.save(kept.folder / "thresholds.json")
     return kept.folder
 
 

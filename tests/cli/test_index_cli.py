@@ -10,8 +10,9 @@ import pytest
 import torch
 from PIL import Image
 
+from mnemoscope.detect.calibrate import Calibration
 from mnemoscope.errors import RunError, UsageError
-from mnemoscope.records.schema import Manifest, Nearest, Row, Score, Thresholds
+from mnemoscope.records.schema import Manifest, Nearest, Row, Score
 from mnemoscope.records.store import Run, Writer
 
 
@@ -186,9 +187,8 @@ def audited(folder, *, thresholds=True, ids=True):
     with Writer(run) as out:
         out.append(rows)
     if thresholds:
-        facts = {"scores": [1.0, 2.0], "fpr": 0.5, "threshold": 2.0, "interval": (1.0, None)}
-        record = Thresholds(detector="magnitude", setting={}, **facts)
-        (folder / "thresholds.json").write_text(record.model_dump_json())
+        made = Calibration.fit([1.0, 2.0], {"steps": 50}, detector="magnitude", fpr=0.5)
+        made.save(folder / "thresholds.json")
 
 
 def test_duplicates_joined_with_an_audit(run, pictures, tmp_path):

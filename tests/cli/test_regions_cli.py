@@ -1,9 +1,11 @@
 """Maps of a run's worst prompts, from the command to the report."""
 
 import json
+import re
 
 import pytest
 
+from mnemoscope.errors import RunError
 from mnemoscope.report.regions import read_regions
 
 PROMPT = "oncoming police car"
@@ -41,9 +43,24 @@ def test_another_model_is_refused(run, audited):
     assert "is not the model of r" in err or "dtype" in err
 
 
-@pytest.mark.parametrize("content", ["", "[]", '{"a": 1}', "{"])
-def test_a_damaged_file_is_no_map(tmp_path, content):
+@pytest.mark.parametrize(
+    ("content", "key"),
+    [
+        ("", ""),
+        ("[]", ""),
+        ('{"a": 1}', "a"),
+        ("{", ""),
+        ('{"a": {"file": "images/x.webp"}}', "a.alt"),
+        ('{"a": {"file": 3, "alt": ""}}', "a.file"),
+    ],
+)
+def test_a_damaged_file_is_named_with_its_key(tmp_path, content, key):
     (tmp_path / "regions.json").write_text(content)
+    with pytest.raises(RunError, match=rf"regions\.json cannot be read \({re.escape(key)}.*; delete it"):
+        read_regions(tmp_path)
+
+
+def test_without_a_file_there_are_no_maps(tmp_path):
     assert read_regions(tmp_path) == {}
 
 

@@ -241,12 +241,12 @@ def damaged(tmp_path, **changes):
     [
         (
             {"threshold": 150.0},
-            "states the threshold 150, but its 200 scores give 190 at a false-positive rate of 0.05",
+            "threshold is 150.0, and 190.0 follows from its 200 scores at a false-positive rate of 0.05",
         ),
-        ({"fpr": 0.1}, "states the threshold 190, but its 200 scores give 180 at a false-positive rate of 0.1"),
+        ({"fpr": 0.1}, "threshold is 190.0, and 180.0 follows from its 200 scores at a false-positive rate of 0.1"),
         ({"fpr": 0.001}, "200 ordinary scores cannot state a false-positive rate of 0.001"),
         ({"scores": [1.0, "x"]}, "is no calibration (scores.1: "),
-        ({"scores": [1.0, float("nan")]}, "is no calibration (scores.1: "),
+        ({"scores": [1.0, float("nan")]}, "is no calibration (it holds NaN"),
         ({"treshold": 1}, "is no calibration (treshold: "),
         ({"format": 99, "new key": 1}, "has format 99, not 1"),
     ],

@@ -342,7 +342,7 @@ def test_differences_are_named_by_their_path() -> None:
 
 
 def test_folders_of_shards_merge_into_one_run(tmp_path: Path) -> None:
-    runs = [Run.open(tmp_path / f"{k}", Manifest(asked=3, setting={"g": 1}, forwards=10 + k)) for k in range(2)]
+    runs = [Run.open(tmp_path / f"{k}", Manifest(asked=3, forwards=10 + k)) for k in range(2)]
     write(runs[0], row("a"), row("b", status="error", error="x"), shard=0)
     write(runs[1], row("b"), row("c"), shard=1)
     with Writer(runs[1], 1) as writer:

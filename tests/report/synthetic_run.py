@@ -30,6 +30,7 @@ CHANCE = {
 COLORS = ["red", "yellow", "teal", "orange", "navy", "green", "purple", "brown", "pink", "gray"]
 SHAPES = ["circle", "cross", "ring", "bar", "star", "house"]
 STEPS = 20
+SETTING = {"world": 1}
 
 
 def picture(concept: int, jitter: float = 0.0, rng: np.random.Generator | None = None, side: int = 64) -> Image.Image:
@@ -115,7 +116,7 @@ def _row(rng, writer, text, prompt_id, group, seed, concept, pull, pictures, ref
     copied = rng.random() < CHANCE[group]
     level = 1.6 * np.exp(pull + rng.normal(0, 0.08))
     steps = level * np.exp(-np.linspace(0, 1.6 if pull < 0.8 else 0.9, STEPS)) * np.exp(rng.normal(0, 0.04, STEPS))
-    id = sample_id(text, seed, {"world": 1})
+    id = sample_id(text, seed, SETTING)
     image = writer.save(f"images/{id}.webp", webp(picture(concept, 0.06 if copied else 0.9, rng))) if pictures else None
     similarity = float(
         np.clip(rng.normal(0.965 if copied else 0.55, 0.012 if copied else 0.1), 0, 0.87 if not copied else 1)
@@ -146,7 +147,8 @@ def _row(rng, writer, text, prompt_id, group, seed, concept, pull, pictures, ref
 
 def _manifest(asked: int, seeds: int, changes: dict) -> Manifest:
     facts = {
-        "status": "done",
+        "status": "incomplete",  # one sample failed
+        "setting": SETTING,
         "command": "mnemoscope audit demo --prompts prompts.jsonl --seeds 4 --images --out runs/demo-1",
         "config": {
             "model": "demo",

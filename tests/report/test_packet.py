@@ -117,7 +117,7 @@ def member(packed: Path, name: str) -> Any:
 def test_a_packet_is_sound_and_says_its_digest(run: Path, packed: Path) -> None:
     found = verify(packed, expected=pack([run]).digest.upper())
     assert found.faults == []
-    assert (found.sound, found.exit_code, found.status) == (True, 0, "done")
+    assert (found.sound, found.exit_code, found.status) == (True, 0, "incomplete")
     assert found.counts == {"ok": 35, "failed": 1, "prompts": 18, "asked": 36, "missing": 0}
     assert found.digest == pack([run]).digest
     assert len(found.checked) == 4
@@ -526,10 +526,10 @@ def edited_bound(roc: dict[str, Any]) -> None:
         (of_json("roc.json", edited_auc), "roc.json: scores.0.auc.value is 0.25, and"),
         (of_json("roc.json", edited_bound), "roc.json: scores.0.auc.low is 0.25, and"),
         (of_json("roc.json", lambda roc: roc["scores"].pop()), "roc.json: scores.1"),
-        (of_json("controls.json", lambda c: c["ngrams"]["auc"].update(value=0.9)), "the AUC of text only"),
+        (of_json("controls.json", lambda c: c["ngrams"]["auc"].update(value=0.9)), "text-only baseline contradicts its own scores"),
         (of_json("splits.json", lambda s: s["prompts"].pop()), "splits.json: prompts.17"),
         (of_json("packet.json", lambda p: p["not_tested"].pop(0)), "packet.json: not_tested.0"),
-        (of_json("packet.json", lambda p: p.update(status="perfect")), 'packet.json: status is "perfect", and "done" follows'),
+        (of_json("packet.json", lambda p: p.update(status="perfect")), 'packet.json: status is "perfect", and "incomplete" follows'),
         (of_json("packet.json", lambda p: p.update(praise="very good")), 'packet.json: praise is "very good", and nothing follows'),
         (of_json("packet.json", lambda p: p.update(format=2)), "packet.json has format 2"),
         (of_json("packet.json", lambda p: p.pop("parts")), "packet.json has no parts"),
@@ -558,7 +558,7 @@ def test_other_versions_are_not_accused_of_wording_and_draws(edit: Callable[...,
 
     found = verify(edit(older, sums=True))
     assert found.sound
-    assert "numpy 1.26.0" in found.notes[0]
+    assert any("numpy 1.26.0" in note for note in found.notes)
 
     def older_and_wrong(contents: dict[str, bytes]) -> None:
         older(contents)

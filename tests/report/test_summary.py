@@ -210,7 +210,7 @@ SEEDS = "seeds: was 4, now 2"
 
 
 def accepted(*differences, **config):
-    return DONE.model_copy(update={"accepted": list(differences), "config": {"seeds": 2} | config})
+    return DONE.model_copy(update={"asked": 4, "accepted": list(differences), "config": {"seeds": 2} | config})
 
 
 def test_a_threshold_accepted_across_settings_says_so_wherever_it_speaks():
@@ -276,7 +276,7 @@ def test_the_size_of_the_reference_set_is_said(four):
     assert "A copy of an image outside the reference set cannot be found." in four.untested
     assert "Verbatim copies and copies of a template were not told apart." in four.untested
     reference = {"name": "pixels-16", "pictures": 1200, "threshold": 0.9}
-    summary = summarize(FOUR[6:], DONE.model_copy(update={"config": {"reference": reference}}))
+    summary = summarize(FOUR[6:], DONE.model_copy(update={"asked": 2, "config": {"reference": reference}}))
     assert summary.untested[1] == (
         "Copies were looked for among 1,200 reference images. A copy of an image outside the reference set cannot be found."
     )

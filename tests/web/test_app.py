@@ -351,7 +351,7 @@ def test_a_running_audit_is_looked_at_often(tmp_path):
     client = TestClient(create_app(tmp_path), base_url=LOOPBACK)
     every = lambda: int(next(a["data-every"] for tag, a in get(client, "/run/r").tags if tag == "main"))  # noqa: E731
     assert every() == 2000
-    assert "This run is running: 1 of 100 samples." in get(client, "/run/r").text
+    assert "This run is running: 1 of 100 samples are there." in get(client, "/run/r").text
     run.update(status="done")
     assert every() == 10000
 

@@ -22,6 +22,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import StratifiedGroupKFold
 
 from ..errors import UsageError
+from ..records import wording
 from ..stats import Separation, separation
 
 __all__ = ["TextBaseline", "capitals_and_digits", "near_duplicate_clusters", "text_baseline", "text_scores"]
@@ -147,7 +148,7 @@ def text_scores(
 
 def capitals_and_digits(prompts: Sequence[str]) -> Float[np.ndarray, " prompt"]:
     """The share of a prompt's characters that are capitals or digits; 0 for an empty prompt."""
-    return np.array([sum(c.isupper() or c.isdigit() for c in p) / max(len(p), 1) for p in prompts], dtype=float)
+    return np.array(wording.capitals_and_digits(prompts), dtype=float)
 
 
 def near_duplicate_clusters(prompts: Sequence[str], *, distance: float = NEAR) -> Int[np.ndarray, " prompt"]:

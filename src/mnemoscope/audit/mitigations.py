@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Float
@@ -31,7 +31,7 @@ from ..mitigate.base import Generation, Mitigation, build, sample
 from ..models.base import Target
 from ..records.documents import read_json
 from ..records.store import write_whole
-from ..records.trials import NONE, Case, Cell
+from ..records.trials import NONE, Case, Cell, parse_sizes
 from ..similarity.base import Pictures
 from ..similarity.captions import CaptionScore
 from ..similarity.reference import ReferenceSet
@@ -116,7 +116,9 @@ class Protocol:
                 g = Generation.of(self.target, [p for p, _ in part], [s for _, s in part], steps=self.steps)
                 found.append(_watched(self.target, g, max(GATES))[0])
             write_whole(file, json.dumps(_windows(torch.cat(found))).encode())
-        return read_json(file)
+        return _stored(
+            file, lambda content: parse_sizes(content, {str(k) for k in GATES}, len(self.ordinary) * self.seeds)
+        )
 
     @cached_property
     def plain_pictures(self) -> Float[Tensor, "sample 3 height width"]:
@@ -142,7 +144,7 @@ class Protocol:
     ) -> Cell:  # fmt: skip
         file = self._file(method, options)
         if file.exists() and file.with_suffix(".safetensors").exists():
-            return Cell(**read_json(file))
+            return _stored(file, lambda content: Cell.parse(content, len(self.samples)))
         shown, sizes, seconds = [], [], 0.0
         before, backwards = self.target.forwards, 0
         with peak_memory(self.target.device) as peak:
@@ -218,6 +220,21 @@ def frechet(
     metric.update(a, real=False)
     metric.update(b, real=True)
     return float(metric.compute())
+
+
+_Value = TypeVar("_Value")
+
+
+def _stored(file: Path, parse: Callable[[Any], _Value]) -> _Value:
+    """What an earlier call left in the folder.
+
+    Raises:
+        RunError: it is damaged; the message names the key.
+    """
+    try:
+        return parse(read_json(file))
+    except (OSError, ValueError) as e:
+        raise RunError(f"{file} is damaged ({e}); delete it, and the same command makes it again.") from None
 
 
 def _watched(target: Target, g: Generation, steps: int | None = None) -> tuple[Float[Tensor, "sample step"], Tensor]:

@@ -157,11 +157,11 @@ class Audited:
 
 
 def _audited(folder: Path, captions: Path | None) -> Audited:
-    from ..records.schema import Thresholds
     from ..records.store import Run
+    from ..records.thresholds import parse_thresholds
     from ..report.summary import read_part
 
-    run, judged = Run(folder), read_part(folder / "thresholds.json", Thresholds.model_validate_json)
+    run, judged = Run(folder), read_part(folder / "thresholds.json", parse_thresholds)
     if judged is None:
         screen.say(f"Not tested: {folder} has no thresholds.json, so no caption is above a threshold.")
     return Audited(run, judged, None if captions is None else _pictures_of(captions))

@@ -37,7 +37,8 @@ def pack(
         screen.show_json(packed.to_dict())
         return
     if packed.status != "done":
-        screen.say(f"Note: the run is {packed.status}, and the packet says so.")
+        there = f"{packed.counts['ok'] + packed.counts['failed']:,} of {packed.counts['asked']:,} samples are there"
+        screen.say(f"Note: the run is {packed.status} ({there}), and the packet says so.")
     screen.show(packed.path)
     screen.show(f"digest {packed.digest}")
     screen.say(f"{packed.files} files, {screen.size(packed.size)}. Check with: mnemoscope verify {packed.path}")

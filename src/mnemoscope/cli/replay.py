@@ -124,14 +124,14 @@ def _evidence(path: Path) -> Iterator[Evidence]:
 
 def _of_folder(folder: Path) -> Evidence:
     from ..records.files import read_regular
-    from ..records.schema import Thresholds
     from ..records.store import Run
+    from ..records.thresholds import parse_thresholds
     from ..report.packet import inside
     from ..report.summary import read_part
     from ..similarity.decoding import KEPT
 
     run = Run(folder)
-    thresholds = read_part(folder / "thresholds.json", Thresholds.model_validate_json)
+    thresholds = read_part(folder / "thresholds.json", parse_thresholds)
     from ..audit.replay import Evidence
 
     def picture(name: str) -> bytes | None:

@@ -11,24 +11,24 @@ the ordinary prompts are of the kind that is audited; about prompts of another k
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from jaxtyping import Float
 from numpy import ndarray
-from pydantic import ValidationError
 
 from .. import redaction, stats
-from ..errors import UnknownName, UsageError
+from ..errors import UsageError
 from ..models.identity import PROVENANCE, plain
-from ..records.files import read_inside
-from ..records.schema import FORMAT, Thresholds
+from ..parsing import parse_json
+from ..records.documents import LARGEST
+from ..records.files import read_inside, read_regular
+from ..records.schema import Thresholds
 from ..records.store import differences, write_whole
+from ..records.thresholds import parse_thresholds, rounding_under
 from .base import AnyDetector
 from .magnitude import Magnitude
 
@@ -142,7 +142,7 @@ class Calibration:
                 interval=(_bounded(found.interval.low), _bounded(found.interval.high)),
                 confidence=confidence,
                 source=source,
-                rounding=_rounding(setting),
+                rounding=rounding_under(setting),
             )
         )
 
@@ -208,29 +208,14 @@ class Calibration:
             if not path.is_file():
                 raise UsageError(f"{folder} holds no thresholds.json; write one with `mnemoscope calibrate`.")
         try:
-            content = json.loads(path.read_bytes() if folder is None else read_inside(folder, path.name))
-            # First, because a newer file may well have other keys.
-            if isinstance(content, dict) and content.get("format", FORMAT) != FORMAT:
-                raise UsageError(
-                    f"{path} has format {content['format']!r}, not {FORMAT}; recalibrate with this version."
-                )
-            record = Thresholds.model_validate(content)
+            data = read_regular(path, LARGEST) if folder is None else read_inside(folder, path.name, LARGEST)
+            record = parse_thresholds(data)
         except OSError as e:
             raise UsageError(
                 f"{path} cannot be read ({e.strerror or e}); write one with `mnemoscope calibrate`."
             ) from None
-        except ValidationError as e:
-            first = e.errors(include_url=False)[0]
-            where = ".".join(map(str, first["loc"])) or "content"
-            raise UsageError(f"{path} is no calibration ({where}: {first['msg']}); recalibrate.") from None
-        except (ValueError, RecursionError) as e:
+        except ValueError as e:
             raise UsageError(f"{path} is no calibration ({e}); recalibrate.") from None
-        follows = stats.threshold_at_fpr(record.scores, record.fpr, confidence=record.confidence).value
-        if record.threshold != follows:
-            raise UsageError(
-                f"{path} states the threshold {record.threshold:g}, but its {len(record.scores)} scores give "
-                f"{follows:g} at a false-positive rate of {record.fpr:g}; it was edited: recalibrate."
-            )
         return cls(record, path.name)
 
     def save(self, path: str | Path) -> Path:
@@ -325,27 +310,26 @@ def read_log(path: str | Path) -> Logged:
     scores, times, names = [], set(), set()
     for number, line in enumerate(lines[:-1], start=1):
         try:
-            row = json.loads(line)
+            row = parse_json(line)
             # A line that takes back what a decision said stands beside the decision.
             if row["score"] is not None and not row.get("amended"):
-                scores.append(float(row["score"]))
-                times.add(float(row["t"]))
+                scores.append(_finite(row["score"]))
+                times.add(_finite(row["t"]))
                 names.add(str(row["name"]))
         except (ValueError, KeyError, TypeError):
             raise UsageError(f"{path}, line {number} is not a guard's: {line[:60]!r}; leave it out.") from None
     return Logged(scores, times, names)
 
 
+def _finite(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise ValueError("no finite number")
+    return float(value)
+
+
 def _dtype(setting: Mapping[str, Any]) -> str:
     target = setting.get("target")
     return str(target.get("dtype", "float32")) if isinstance(target, Mapping) else "float32"
-
-
-def _rounding(setting: Mapping[str, Any]) -> float | None:
-    """None where the dtype is one we know nothing about."""
-    with suppress(UnknownName):
-        return stats.rounding(_dtype(setting))
-    return None
 
 
 def _bounded(bound: float) -> float | None:

@@ -12,6 +12,7 @@ make magnitudes at different times comparable. All of it belongs to one model at
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import torch
@@ -22,8 +23,8 @@ from torch import Tensor
 from .. import stats
 from ..errors import UsageError
 from ..records.documents import read_json
-from ..records.schema import FORMAT, Record
-from ..records.store import write_whole
+from ..records.schema import FORMAT, Finite, Rate, Record, Whole
+from ..records.store import first_error, write_whole
 from ..types import PerSample
 
 __all__ = ["TimestepThresholds"]
@@ -35,15 +36,15 @@ class Ranges(Record):
     model_config = ConfigDict(allow_inf_nan=False)
 
     format: int = FORMAT
-    horizon: float = Field(gt=0)
+    horizon: Annotated[Finite, Field(gt=0)]
     """Times run from 0 to it: the number of training timesteps, or 1 for a flow."""
-    drop: float
+    drop: Rate
     """The share of clean samples that τ(t) drops, at most."""
-    thresholds: list[float] = Field(min_length=1)
-    means: list[float]
-    spreads: list[float]
+    thresholds: list[Annotated[Finite, Field(ge=0)]] = Field(min_length=1, max_length=10_000)
+    means: list[Annotated[Finite, Field(ge=0)]]
+    spreads: list[Annotated[Finite, Field(gt=0)]]
     """Standard deviations."""
-    counts: list[int]
+    counts: list[Whole]
     """How many clean magnitudes there were."""
     space: str = "eps"
     source: str = ""
@@ -53,6 +54,10 @@ class Ranges(Record):
     def _as_many(self) -> Ranges:
         if len({len(x) for x in (self.thresholds, self.means, self.spreads, self.counts)}) != 1:
             raise ValueError("its lists are not equally long")
+        if min(self.counts) < (least := stats.least_ordinary(self.drop)):
+            raise ValueError(
+                f"counts holds {min(self.counts)}, and dropping at most {100 * self.drop:g} % takes {least}"
+            )
         return self
 
 
@@ -143,11 +148,7 @@ class TimestepThresholds:
                 f"{path} cannot be read ({e.strerror or e}); fit thresholds and save them there."
             ) from None
         except ValidationError as e:
-            first = e.errors(include_url=False)[0]
-            where = ".".join(map(str, first["loc"])) or "content"
-            raise UsageError(
-                f"{path} holds no thresholds for timesteps ({where}: {first['msg']}); fit them again."
-            ) from None
+            raise UsageError(f"{path} holds no thresholds for timesteps ({first_error(e)}); fit them again.") from None
         except (ValueError, RecursionError) as e:
             raise UsageError(f"{path} holds no thresholds for timesteps ({e}); fit them again.") from None
 

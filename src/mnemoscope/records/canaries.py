@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated
 
-from pydantic import ConfigDict, Field, ValidationError
+from pydantic import ConfigDict, Field, ValidationError, model_validator
 
 from ..errors import UsageError
 from ..parsing import json_lines
 from .files import open_regular
-from .schema import FORMAT, Record
-from .store import write_whole
+from .schema import FORMAT, Finite, Record, Whole
+from .store import first_error, write_whole
 
 __all__ = ["Canary", "LevelReading", "Planted", "Reading", "read_history", "write_history"]
 
@@ -19,9 +20,9 @@ __all__ = ["Canary", "LevelReading", "Planted", "Reading", "read_history", "writ
 class Canary(Record):
     """A picture that was planted in a training set."""
 
-    row: int = Field(ge=0)
+    row: Whole
     """Its number in the set before anything was repeated."""
-    copies: int = Field(ge=0)
+    copies: Whole
     """How often it is in the training list; 0: kept out, to compare with."""
 
 
@@ -29,7 +30,7 @@ class Planted(Record):
     """``canaries.json``: which pictures of a training set are canaries."""
 
     format: int = FORMAT
-    rows: int = Field(ge=1)
+    rows: Annotated[Whole, Field(ge=1)]
     """How many pictures the set has before anything is repeated."""
     seed: int
     canaries: list[Canary] = Field(min_length=1)
@@ -40,26 +41,39 @@ class LevelReading(Record):
 
     model_config = ConfigDict(allow_inf_nan=False)
 
-    copies: int
-    n: int
+    copies: Whole
+    n: Annotated[Whole, Field(ge=1)]
     """How many canaries."""
-    magnitude: float
+    magnitude: Annotated[Finite, Field(ge=0)]
     """Mean over canaries and seeds of ‖ε(x_T, caption) − ε(x_T, ∅)‖₂ at the first step."""
-    copied: int | None = None
+    copied: Whole | None = None
     """Canaries of which a copy came out in at least one of the generations; None: none were made. Canaries are the independent
     cases of an interval, generations are not."""
-    screen: float | None = None
+    screen: Finite | None = None
     """Mean of whatever else was asked of each canary; None: nothing was."""
+
+    @model_validator(mode="after")
+    def _of_so_many(self) -> LevelReading:
+        if self.copied is not None and self.copied > self.n:
+            raise ValueError(f"copied is {self.copied}, and there are {self.n} canaries")
+        return self
 
 
 class Reading(Record):
     """One look at all canaries."""
 
-    step: int
-    generations: int
+    step: Whole
+    generations: Whole
     """Per canary."""
     levels: list[LevelReading] = Field(min_length=1)
     """Fewest copies first."""
+
+    @model_validator(mode="after")
+    def _fewest_first(self) -> Reading:
+        copies = [level.copies for level in self.levels]
+        if copies != sorted(set(copies)):
+            raise ValueError(f"copies of its levels are {copies}, and must rise")
+        return self
 
     @property
     def highest(self) -> LevelReading:
@@ -84,9 +98,6 @@ def read_history(path: str | Path) -> list[Reading]:
     except OSError as e:
         raise UsageError(f"{path} cannot be read ({e.strerror or e}); write a history with write_history.") from None
     except ValidationError as e:
-        first = e.errors(include_url=False)[0]
-        raise UsageError(
-            f"{path} holds no readings of canaries ({'.'.join(map(str, first['loc']))}: {first['msg']}); take an earlier one."
-        ) from None
+        raise UsageError(f"{path} holds no readings of canaries ({first_error(e)}); take an earlier one.") from None
     except ValueError as e:
         raise UsageError(f"{path} holds no readings of canaries ({e}); take an earlier one.") from None

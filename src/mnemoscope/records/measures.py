@@ -24,7 +24,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 from ..errors import RunError
 from .documents import read_json
 from .files import file_inside, is_file_inside, leads_out
-from .schema import FORMAT
+from .schema import FORMAT, Finite, Share, Truth, Whole
 from .store import MEASURES, differences, read_document, write_whole
 
 __all__ = [
@@ -103,20 +103,34 @@ class Result(_Stored):
     """Numbers of :class:`mnemoscope.measure.invmm.Stored`, whose attributes say what they are; None where there is none."""
 
     preset: str = ""
-    passed: bool = False
-    score: float | None = None
-    nats: float | None = None
-    paid: float | None = None
-    similarity: float | None = None
+    passed: Truth = False
+    score: Finite | None = None
+    nats: Finite | None = None
+    paid: Finite | None = None
+    similarity: Finite | None = None
     prompt: str | None = None
-    scale: float | None = None
-    update: int = 0
-    succeeded: tuple[int, int] | None = None
-    rate: tuple[float, float, float] | None = None
-    at_least: float | None = None
-    forwards: int = 0
-    backwards: int = 0
+    scale: Finite | None = None
+    update: Whole = 0
+    succeeded: tuple[Whole, Whole] | None = None
+    rate: tuple[Share, Share, Share] | None = None
+    at_least: Share | None = None
+    forwards: Whole = 0
+    backwards: Whole = 0
     curve: list[CheckPoint] = Field(default_factory=list)
+
+    @field_validator("succeeded")
+    @classmethod
+    def _of_so_many(cls, succeeded: tuple[int, int] | None) -> tuple[int, int] | None:
+        if succeeded is not None and succeeded[0] > succeeded[1]:
+            raise ValueError(f"{succeeded[0]} of {succeeded[1]} draws is no share")
+        return succeeded
+
+    @field_validator("rate")
+    @classmethod
+    def _in_order(cls, rate: tuple[float, float, float] | None) -> tuple[float, float, float] | None:
+        if rate is not None and not rate[1] <= rate[0] <= rate[2]:
+            raise ValueError(f"{rate[0]:g} lies outside of its own interval, {rate[1]:g} to {rate[2]:g}")
+        return rate
 
 
 class Entry(_Stored):
@@ -126,7 +140,7 @@ class Entry(_Stored):
     image: str
     caption: str | None = None
     result: Result | None = None
-    companions: dict[str, float | None] = Field(default_factory=dict)
+    companions: dict[str, Finite | None] = Field(default_factory=dict)
     screen: dict[str, Any] | None = None
     """What left the picture out: a cheap measure's ``name`` and options, and the share that it kept; ``checked`` if it was measured
     all the same."""
@@ -175,17 +189,17 @@ class Request(_Stored):
     target: dict[str, Any]
     preset: dict[str, Any]
     descriptor: dict[str, Any]
-    beta: float
+    beta: Finite
     asked: list[Id] | None = None
     """Ids of the pictures, in the order they were asked for; None: those of the folder that name the preset."""
     under: str | None = None
     """Stands for the whole setting: pictures asked for under another one are not of this request."""
-    levels: dict[int, list[float | None]] | str | None = None
+    levels: dict[Annotated[int, Field(ge=0)], list[Finite | None]] | str | None = None
     """Scores by dose (copies in training), measured under this very setting, None where a picture was not reached; or the file,
     relative to the folder, that holds them beside their own setting."""
     prompts: Prompts | None = None
     """How the pictures of ``levels`` were prompted; None: not said."""
-    guidance: float | None = None
+    guidance: Finite | None = None
     """Guidance scale of the draws that are shown of pictures that no scale reached."""
     command: str = ""
     versions: dict[str, str] = Field(default_factory=dict)
@@ -197,7 +211,7 @@ class Request(_Stored):
     @classmethod
     def _scales(cls, preset: dict[str, Any]) -> dict[str, Any]:
         scales = preset.get("scales")
-        numbers = isinstance(scales, list) and all(isinstance(s, int | float) for s in scales)
+        numbers = isinstance(scales, list) and all(isinstance(s, int | float) and math.isfinite(s) for s in scales)
         if not (scales is None or numbers):
             raise ValueError("its guidance scales are no list of numbers")
         return preset

@@ -12,11 +12,11 @@ that does not parse or has no line break is a torn write: it is no result, and t
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import os
 import re
 import shutil
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -31,7 +31,9 @@ from ..errors import RunError
 from ..parsing import LONGEST_LINE, ParseError, parse_json
 from .documents import read_json
 from .files import files_below, open_inside, read_inside
+from .ids import digest, sample_id
 from .schema import FORMAT, Manifest, Row
+from .tally import Count, Tally, rounding_of, same_values
 
 if TYPE_CHECKING:
     import pyarrow
@@ -47,27 +49,6 @@ __all__ = [
     "sample_id",
     "write_whole",
 ]
-
-
-def digest(value: Any) -> str:
-    """Twenty hexadecimal digits that stand for a plain value: SHA-256 of its canonical JSON."""
-    canonical = json.dumps(value, sort_keys=True, ensure_ascii=True, separators=(",", ":"))
-    return hashlib.sha256(canonical.encode()).hexdigest()[:20]
-
-
-def sample_id(prompt: str, seed: int, setting: dict[str, Any] | str) -> str:
-    """The content-addressed id of one sample.
-
-    Args:
-        prompt: The prompt's text.
-        seed: The seed's number within the run, from 0.
-        setting: Everything else the scores depend on, as plain values; or its :func:`digest`, which is what a loop over many
-            samples should hand in.
-
-    Returns:
-        Twenty hexadecimal digits, the same on every machine, in every order, for every batch size.
-    """
-    return digest([prompt, seed, setting if isinstance(setting, str) else digest(setting)])
 
 
 def differences(stored: Any, asked: Any, path: str = "") -> list[str]:
@@ -107,30 +88,6 @@ JUDGED_BY = ("thresholds*.json", "controls.json")
 
 MEASURES = "measures"
 """Folder inside a run folder: pictures that were measured with its model, see :mod:`.measures`."""
-
-
-@dataclass(frozen=True)
-class Tally:
-    """How far a run is, counted from its rows.
-
-    Attributes:
-        asked: Samples that it is meant to have.
-        ok: Samples with a result.
-        failed: Samples that failed.
-        notes: What that leaves open, in sentences.
-        unscored: Samples with a result that lack one of the run's scores: those that compare a prompt's pictures come last.
-    """
-
-    asked: int
-    ok: int
-    failed: int
-    notes: list[str]
-    unscored: int = 0
-
-    @property
-    def complete(self) -> bool:
-        """Whether every sample has a result, with every score."""
-        return self.ok >= self.asked and not self.unscored
 
 
 class Run:
@@ -227,31 +184,27 @@ class Run:
         return (line.raw for line in self._winners())
 
     def tally(self) -> Tally:
-        """Count the rows: how many are asked for, there, failed, truncated."""
-        asked, ok, failed, unscored = self.manifest.asked, 0, 0, 0
-        scores = set(self.manifest.setting.get("detectors", ()))
-        prompts: set[str] = set()
-        truncated: set[str] = set()
+        """Count the rows: how many are asked for, there, failed, truncated; and what contradicts itself."""
+        count = Count(self.manifest)
         for row in self.rows():
-            ok += row.status == "ok"
-            failed += row.status == "error"
-            unscored += row.status == "ok" and not scores <= row.scores.keys()
-            prompts.add(row.prompt)
-            if row.tokens_dropped:
-                truncated.add(row.prompt)
-        notes = []
-        if truncated:
-            notes.append(f"{len(truncated)} of {len(prompts)} prompts were truncated by the text encoder")
-        if failed:
-            notes.append(f"{failed} of {asked} samples failed; the same command tries them again")
-        if (missing := asked - ok - failed) > 0:
-            notes.append(f"{missing} of {asked} samples have not been run yet; the same command continues")
-        if unscored:
-            notes.append(
-                f"{unscored} of {asked} samples lack a score that compares a prompt's pictures; the same command computes it once "
-                f"all of them are there"
-            )
-        return Tally(asked, ok, failed, notes, unscored)
+            count.take(row)
+        return count.tally(differing=self.differing())
+
+    def differing(self) -> int:
+        """How many samples have several rows with a result, of which a later one has other values than the first, rounding aside."""
+        results = Counter(line.head["id"] for line in self._lines() if line.head["status"] == "ok")
+        repeated = {key for key, n in results.items() if n > 1}
+        if not repeated:
+            return 0
+        first: dict[str, Row] = {}
+        apart: set[str] = set()
+        rtol = rounding_of(self.manifest)
+        for line in self._lines():
+            if line.head["id"] in repeated and line.head["status"] == "ok":
+                row = _row(line)
+                if not same_values(first.setdefault(row.id, row), row, rtol):
+                    apart.add(row.id)
+        return len(apart)
 
     def amend(self, facts: Mapping[str, Mapping[str, Any]]) -> int:
         """Bring what rows say about their prompts up to date. Scores that are there stay: a sample's id does not depend on these.
@@ -743,7 +696,10 @@ def read_document(
 def first_error(error: ValidationError) -> str:
     """The first thing that is wrong with a document, in words."""
     found = error.errors(include_url=False)[0]
-    return f"{'.'.join(map(str, found['loc'])) or 'content'}: {found['msg']}"
+    says = found["msg"].removeprefix("Value error, ")
+    if not found["loc"] and found["type"] == "value_error":  # our own sentence, which names the key itself
+        return says
+    return f"{'.'.join(map(str, found['loc'])) or 'content'}: {says}"
 
 
 def short(text: str, limit: int = 60) -> str:

@@ -5,14 +5,26 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from ..errors import UsageError
 from .documents import read_json
-from .store import write_whole
+from .schema import Finite, Truth, Whole
+from .store import first_error, write_whole
 
 NONE = "none"
 """The name of doing nothing."""
+
+Size = Annotated[Finite, Field(ge=0)]
+"""A norm, a time, a distance: 0 or more."""
+
+Similarity = Annotated[Finite, Field(ge=-1 - 1e-5, le=1 + 1e-5)]
+"""A cosine, rounding aside."""
+
+STORED = ConfigDict(extra="forbid", allow_inf_nan=False)
+"""How documents are read: unknown keys are errors, and numbers are numbers."""
 
 
 @dataclass(frozen=True)
@@ -26,6 +38,8 @@ class Case:
         cluster: Cases of one cluster are not independent: of one picture, of one family.
         picture: Name of its training picture in the reference set; None: it has none.
     """
+
+    __pydantic_config__ = STORED
 
     id: str
     prompt: str
@@ -55,20 +69,47 @@ class Cell:
         peak: Largest memory while sampling, in MB; None where it is not known.
     """
 
+    __pydantic_config__ = STORED
+
     method: str
     options: dict[str, Any]
-    strength: float | None
-    similarity: list[float]
-    copied: list[bool]
-    template: list[bool]
-    fidelity: list[float]
-    change: list[float]
-    sizes: dict[str, list[float]]
-    frechet: float | None
-    seconds: float
-    forwards: float
-    backwards: float
-    peak: float | None
+    strength: Finite | None
+    similarity: list[Similarity]
+    copied: list[Truth]
+    template: list[Truth]
+    fidelity: list[Finite]
+    change: list[Size]
+    sizes: dict[str, list[Size]]
+    frechet: Finite | None
+    seconds: Size
+    forwards: Size
+    backwards: Size
+    peak: Size | None
+
+    @classmethod
+    def parse(cls, content: Any, samples: int) -> Cell:
+        """From plain values.
+
+        Args:
+            content: As :func:`dataclasses.asdict` gives them.
+            samples: How many samples its lists run over.
+
+        Raises:
+            ValueError: it is something else; one line, which names the key.
+        """
+        cell: Cell = _checked(cls, content)
+        cell.require(samples)
+        return cell
+
+    def require(self, samples: int) -> None:
+        """Refuse lists of another length than the samples; raises ValueError, which names the list."""
+        lists: dict[str, list[Any]] = {
+            name: getattr(self, name) for name in ("similarity", "copied", "template", "fidelity", "change")
+        }
+        lists |= {f"sizes.{steps}": values for steps, values in self.sizes.items()}
+        for name, values in lists.items():
+            if len(values) != samples:
+                raise ValueError(f"{name} of {self.label} has {len(values):,} values for {samples:,} samples")
 
     @property
     def label(self) -> str:
@@ -88,13 +129,15 @@ class Attack:
         size: First-step magnitude of each attacked sample: what a gate sees.
     """
 
+    __pydantic_config__ = STORED
+
     method: str
     options: dict[str, Any]
-    strength: float | None
-    before: list[bool]
-    after: list[bool]
-    controls: list[bool]
-    size: list[float]
+    strength: Finite | None
+    before: list[Truth]
+    after: list[Truth]
+    controls: list[Truth]
+    size: list[Size]
 
 
 @dataclass(frozen=True)
@@ -115,12 +158,14 @@ class Trial:
         command: What made it.
     """
 
+    __pydantic_config__ = STORED
+
     model: str
     cases: list[Case]
-    seeds: int
-    steps: int
-    guidance: float
-    ordinary: dict[str, list[float]]
+    seeds: Annotated[Whole, Field(ge=1)]
+    steps: Annotated[Whole, Field(ge=1)]
+    guidance: Finite
+    ordinary: dict[str, list[Size]]
     reference: str
     captions: str
     plain: list[str]
@@ -141,14 +186,47 @@ class Trial:
             UsageError: it is not there, or is no such document.
         """
         try:
-            content = read_json(path)
-            made: dict[str, Any] = {
-                "cases": [Case(**c) for c in content.pop("cases")],
-                "cells": [Cell(**c) for c in content.pop("cells")],
-                "attacks": [Attack(**a) for a in content.pop("attacks")],
-            }
-            return cls(**content, **made)
-        except (OSError, ValueError, KeyError, TypeError) as e:
+            trial: Trial = _checked(cls, read_json(path))
+            trial._require_whole()
+        except (OSError, ValueError) as e:
             raise UsageError(
                 f"{path} is no comparison of mitigations ({e}); write one with `mnemoscope bench mitigations`."
             ) from None
+        return trial
+
+    def _require_whole(self) -> None:
+        """Refuse parts that do not fit each other; raises ValueError, which names the key."""
+        if not self.cells or self.cells[0].method != NONE:
+            raise ValueError(f"cells does not begin with {NONE!r}, what comes out without any method")
+        for cell in self.cells:
+            cell.require(len(self.cases) * self.seeds)
+            if cell.sizes.keys() != self.ordinary.keys():
+                raise ValueError(f"sizes of {cell.label} are for other numbers of steps than those of ordinary prompts")
+        for attack in self.attacks:
+            if not len(attack.before) == len(attack.after) == len(attack.size):
+                raise ValueError(f"before, after and size of the attack on {attack.method} are not equally long")
+
+
+def _checked(kind: Any, content: Any) -> Any:
+    """Content as what a kind of dataclass or container says; raises ValueError, which names the key."""
+    try:
+        return TypeAdapter(kind).validate_python(content)
+    except ValidationError as e:
+        raise ValueError(first_error(e)) from None
+
+
+def parse_sizes(content: Any, steps: set[str], samples: int) -> dict[str, list[float]]:
+    """Magnitudes of ordinary prompts by the number of leading steps, from plain values.
+
+    Raises:
+        ValueError: they are something else, or of other steps or another number of samples; one line, which names the key.
+    """
+    sizes: dict[str, list[float]] = _checked(dict[str, list[Size]], content)
+    if sizes.keys() != steps:
+        raise ValueError(
+            f"it has sizes over {', '.join(sorted(sizes)) or 'no'} steps, and {', '.join(sorted(steps))} are needed"
+        )
+    for name, values in sizes.items():
+        if len(values) != samples:
+            raise ValueError(f"{name} has {len(values):,} values for {samples:,} samples")
+    return sizes

@@ -50,7 +50,7 @@ class Audited:
 
     Attributes:
         name: What to call it.
-        status: Of its manifest.
+        status: As far as its rows bear it out.
         asked: Samples that were asked for.
         done: Samples with a result.
         cases: Its prompts.
@@ -58,6 +58,7 @@ class Audited:
         uncalibrated: Why its threshold is none, in words; None: it is calibrated.
         gaps: By what was looked for: why it may not be known, in words.
         conditions: By what was looked for: what must be equal before two audits can be compared.
+        faults: Where its rows and its manifest contradict each other or themselves, in words.
     """
 
     name: str
@@ -69,11 +70,12 @@ class Audited:
     uncalibrated: str | None = None
     gaps: Mapping[str, str] = field(default_factory=dict)
     conditions: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    faults: tuple[str, ...] = ()
 
     @property
     def complete(self) -> bool:
-        """Every sample that was asked for has a result: the manifest says so, and the rows are there."""
-        return self.status == "done" and self.done >= self.asked > 0
+        """Every sample that was asked for has a result: the manifest says so, and the rows are there and the run's own."""
+        return self.status == "done" and self.done >= self.asked > 0 and not self.faults
 
     @property
     def seeds(self) -> int:
@@ -108,9 +110,10 @@ def read_audited(folders: Sequence[Path], detectors: Collection[str] = (), clust
     family = clusters([f.prompt for f in found]) if clusters and found else range(len(found))
     return Audited(
         name=" + ".join(f.resolve().name for f in folders),
-        status=base.manifest.status,
-        asked=base.manifest.asked,
-        done=sum(f.seeds for f in (*base.findings, *base.variants)),
+        status=base.status,
+        asked=base.tally.asked,
+        done=base.tally.ok,
+        faults=base.tally.faults,
         cases=tuple(
             _case(f, {name: by_key.get(name, {}).get(_key(f)) for name in scored}, int(cluster), folders)
             for f, cluster in zip(found, family, strict=True)

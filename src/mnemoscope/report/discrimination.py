@@ -4,11 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from .. import stats
 from ..errors import UsageError
 from ..parsing import parse_json
+from ..records.schema import Finite, Rate, Whole
+from ..records.store import first_error
+from ..records.wording import capitals_and_digits
 from .findings import Finding
 
 TEXT_SCORES = {"ngrams": "text only: character n-grams", "capitals": "text only: capitals and digits"}
@@ -46,12 +51,6 @@ class Comparison:
     auc: stats.Interval | None
     note: str = ""
 
-    @classmethod
-    def parse(cls, stored: Mapping[str, Any]) -> Comparison:
-        """From plain values; raises KeyError or TypeError where they are something else."""
-        auc = stored["auc"]
-        return cls(**{**stored, "auc": None if auc is None else stats.Interval(**auc)})
-
     @property
     def name(self) -> str:
         """What to call the score."""
@@ -87,29 +86,100 @@ class Baseline:
 
     @classmethod
     def parse(cls, data: bytes) -> Baseline:
-        """Read ``controls.json``; raises ValueError when it is something else."""
+        """Read ``controls.json``; raises ValueError when it is something else: one line, which names the key."""
         try:
-            stored = parse_json(data)
-            found = {name: stored[key] for key, name in TEXT_SCORES.items() if stored[key] is not None}
-            separations = {
-                name: stats.Separation(stats.Interval(**v["auc"]), stats.Interval(**v["tpr"]), v["fpr"])
-                for name, v in found.items()
-            }
-            table = tuple(Comparison.parse(row) for row in stored.get("table", ()))
-            made = cls(stored["prompts"], stored["scores"], stored["clusters"], separations, stored["reason"], table)
-            if len(made.clusters) != len(made.prompts) or len(made.scores) not in (0, len(made.prompts)):
-                raise ValueError(
-                    f"{len(made.clusters)} clusters and {len(made.scores)} scores for {len(made.prompts)} prompts"
-                )
-            return made
-        except (KeyError, TypeError) as e:
-            raise ValueError(f"no text-only baseline: {type(e).__name__} {e}") from e
+            stored = _Stored.model_validate(parse_json(data))
+        except ValidationError as e:
+            raise ValueError(f"no text-only baseline: {first_error(e)}") from None
+        separations = {
+            name: value.separation for key, name in TEXT_SCORES.items() if (value := getattr(stored, key)) is not None
+        }
+        table = tuple(row.comparison for row in stored.table)
+        return cls(stored.prompts, stored.scores, stored.clusters, separations, stored.reason, table)
 
     def clusters_of(self, prompts: Sequence[str]) -> list[int]:
         """The cluster of each prompt; a prompt the baseline has not seen stands alone."""
         known = dict(zip(self.prompts, self.clusters, strict=True))
         free = max(self.clusters, default=-1) + 1
         return [known.get(prompt, free + i) for i, prompt in enumerate(prompts)]
+
+
+class _Part(BaseModel):
+    """Of the file. Later versions may write more beside it."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+
+ROUNDED = 1e-9
+"""Difference of numbers that are the same but for the order of additions."""
+
+_AboutShare = Annotated[Finite, Field(ge=-ROUNDED, le=1 + ROUNDED)]
+
+
+class _Bounded(_Part):
+    """An interval of a share: low ≤ value ≤ high."""
+
+    value: _AboutShare
+    low: _AboutShare
+    high: _AboutShare
+    confidence: Rate = 0.95
+    method: str = ""
+    note: str = ""
+
+    @model_validator(mode="after")
+    def _in_order(self) -> _Bounded:
+        if not self.low - ROUNDED <= self.value <= self.high + ROUNDED:
+            raise ValueError(f"{self.value:g} lies outside of its own interval, {self.low:g} to {self.high:g}")
+        return self
+
+    @property
+    def interval(self) -> stats.Interval:
+        return stats.Interval(self.value, self.low, self.high, self.confidence, self.method, self.note)
+
+
+class _Separated(_Part):
+    auc: _Bounded
+    tpr: _Bounded
+    fpr: Rate
+
+    @property
+    def separation(self) -> stats.Separation:
+        return stats.Separation(self.auc.interval, self.tpr.interval, self.fpr)
+
+
+class _Compared(_Part):
+    detector: str
+    control: str
+    positives: Whole
+    negatives: Whole
+    auc: _Bounded | None
+    note: str = ""
+
+    @property
+    def comparison(self) -> Comparison:
+        auc = None if self.auc is None else self.auc.interval
+        return Comparison(self.detector, self.control, self.positives, self.negatives, auc, self.note)
+
+
+class _Stored(_Part):
+    """``controls.json``."""
+
+    prompts: list[str]
+    scores: list[Finite]
+    clusters: list[Whole]
+    ngrams: _Separated | None
+    capitals: _Separated | None
+    reason: str
+    table: list[_Compared] = []
+
+    @model_validator(mode="after")
+    def _as_many(self) -> _Stored:
+        n = len(self.prompts)
+        if len(self.clusters) != n or len(self.scores) not in (0, n):
+            raise ValueError(f"{len(self.clusters)} clusters and {len(self.scores)} scores for {n} prompts")
+        if len(set(self.prompts)) < n:
+            raise ValueError("prompts has one of them twice")
+        return self
 
 
 @dataclass(frozen=True, eq=False)
@@ -167,7 +237,26 @@ def discriminations(
             found
         ], "The stored text-only baseline belongs to other prompts than those scored here; it is not shown."
     label_of = dict(zip((prompt for prompt, _, _ in known), labels, strict=True))
-    return [found, *_text_only(baseline, [label_of[p] for p in baseline.prompts])], baseline.reason
+    sorted_labels = [label_of[p] for p in baseline.prompts]
+    if apart := _apart(baseline, sorted_labels):
+        return [found], f"The stored text-only baseline contradicts its own scores ({apart}); it is not shown."
+    return [found, *_text_only(baseline, sorted_labels)], baseline.reason
+
+
+def _apart(baseline: Baseline, labels: Sequence[bool]) -> str:
+    """Where a stored AUC or TPR of the wording is not that of the scores it is about; empty: nowhere."""
+    scores_of = {"ngrams": list(baseline.scores), "capitals": capitals_and_digits(baseline.prompts)}
+    for key, scores in scores_of.items():
+        stated = baseline.separations.get(TEXT_SCORES[key])
+        if stated is None:
+            continue
+        if not scores:
+            return f"{key} has an AUC, and no scores"
+        derived = {"auc": stats.auc(scores, labels), "tpr": stats.tpr_at_fpr(scores, labels, stated.fpr)}
+        for name, value in derived.items():
+            if abs(getattr(stated, name).value - value) > ROUNDED:
+                return f"{key}.{name} is {getattr(stated, name).value:g}, and {value:g} follows"
+    return ""
 
 
 def _discriminate(

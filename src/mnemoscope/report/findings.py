@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from .. import stats
-from ..errors import UnknownName
+from ..records import tally
 from ..records.schema import Manifest, Nearest, Row, Thresholds
 from ..records.store import known_differences
 from ..records.table import PromptScore
@@ -269,11 +269,7 @@ def rounding_of(manifest: Manifest, thresholds: Thresholds | None) -> float:
 
     That of float32 where neither says.
     """
-    dtype = str(manifest.target.get("dtype") or manifest.machine.get("dtype") or "float32")
-    try:
-        own = stats.rounding(dtype)
-    except UnknownName:
-        own = stats.rounding("float32")
+    own = tally.rounding_of(manifest)
     return max(own, (thresholds.rounding if thresholds else None) or 0.0)
 
 

@@ -68,6 +68,7 @@ def _requirements(requires: Requires, audited: Audited) -> list[Check]:
         ("status done", requires.status == "done", audited.complete, so_far),
         (f"prompts >= {requires.prompts}", requires.prompts > 0, n >= requires.prompts, f"{prompts(n)} {verb(n, 'has', 'have')} a result"),
         (f"seeds >= {requires.seeds}", True, audited.seeds >= requires.seeds, f"{prompts(audited.seeds, 'seed')} {there}"),
+        ("no contradictions", bool(audited.faults), not audited.faults, f"the run contradicts itself: {_list(audited.faults)}"),
         ("calibrated", requires.calibrated, audited.uncalibrated is None, audited.uncalibrated or "it has a threshold of its own"),
     ]  # fmt: skip
     return [
@@ -174,6 +175,8 @@ def _change(rule: Rule, call: Call, before: Case | None, baseline: str, apart: s
 
 def _apart(rule: Rule, audited: Audited, baseline: Audited) -> str:
     """In what two audits differ, besides the model; what either does not say is not held against it."""
+    if baseline.faults:
+        return f"it contradicts itself: {_list(baseline.faults)}"
     mine, theirs = (a.conditions.get(rule.subject, {}) for a in (audited, baseline))
     return "; ".join(known_differences(theirs, mine)[:2])
 

@@ -8,12 +8,14 @@ from typing import Any
 from .. import stats
 from ..errors import UsageError
 from ..records.schema import Manifest, Thresholds
+from ..records.tally import Tally
 from .findings import Finding
 from .words import percent, prompts, verb
 
 
 def untested(
     manifest: Manifest,
+    tally: Tally,
     findings: Sequence[Finding],
     thresholds: Thresholds | None,
     seeds: int,
@@ -27,6 +29,7 @@ def untested(
 
     Args:
         manifest: The run's manifest.
+        tally: How far the run is, counted from its rows.
         findings: All prompts.
         thresholds: What they are judged by.
         seeds: Seeds per prompt.
@@ -35,7 +38,7 @@ def untested(
         foreign: Where the threshold was made under another setting than the run's.
         variants: Prompts that controls made from others.
     """
-    yield from _missing(manifest, [*findings, *variants])
+    yield from _missing(tally, [*findings, *variants])
     if variants:
         yield f"{prompts(len(variants))} made for controls {verb(len(variants), 'is', 'are')} no part of the numbers above."
     if thresholds is not None:
@@ -56,11 +59,13 @@ def untested(
     yield from manifest.notes
 
 
-def _missing(manifest: Manifest, findings: Sequence[Finding]) -> Iterator[str]:
-    """Samples that are not there, or failed."""
+def _missing(tally: Tally, findings: Sequence[Finding]) -> Iterator[str]:
+    """Samples that are not there, failed, or are not the run's own."""
     rows, failed = sum(f.seeds + f.failed for f in findings), sum(f.failed for f in findings)
-    if manifest.status != "done":
-        yield f"The run is {manifest.status}: {rows:,} of {manifest.asked:,} samples are there."
+    if tally.status != "done":
+        yield f"The run is {tally.status}: {tally.words}."
+    for fault in tally.faults:
+        yield f"The run contradicts itself: {fault}."
     if failed:
         lost = sum(not f.seeds for f in findings)
         with_none = f", and {prompts(lost)} {verb(lost, 'has', 'have')} no result at all" if lost else ""

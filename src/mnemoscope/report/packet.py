@@ -33,7 +33,8 @@ from ..records.files import file_inside
 from ..records.measures import NAME, Entry, Measures, Request, kept_files, measured_with
 from ..records.schema import FORMAT as MEASURES_FORMAT
 from ..records.schema import Manifest, Nearest, Row, Thresholds
-from ..records.store import JUDGED_BY, MEASURES, Run, explained, whole
+from ..records.store import JUDGED_BY, MEASURES, Run, explained, first_error, whole
+from ..records.thresholds import parse_thresholds
 from ..similarity.decoding import KEPT
 from .archive import SUMS, Archive, add, pieces_of, plain, sha256_file, sha256_of, write_sums
 from .audited import joined
@@ -122,7 +123,12 @@ class Records:
 
     def thresholds(self, name: str = "thresholds.json") -> Thresholds | None:
         """Scores of ordinary prompts; None: the run was not calibrated."""
-        return self._parsed(Thresholds, self.archive.read(name), name) if name in self.archive.names else None
+        if name not in self.archive.names:
+            return None
+        try:
+            return parse_thresholds(self.archive.read(name))
+        except ValueError as e:
+            raise RunError(f"{name}: {e}; restore it before anything else.") from e
 
     @cached_property
     def baseline(self) -> Baseline | None:
@@ -168,9 +174,7 @@ class Records:
         try:
             return kind.model_validate_json(data)
         except ValidationError as e:
-            first = e.errors(include_url=False)[0]
-            where = ".".join(map(str, first["loc"])) or "content"
-            raise RunError(f"{name} is damaged ({where}: {first['msg']}); restore it before anything else.") from e
+            raise RunError(f"{name} is damaged ({first_error(e)}); restore it before anything else.") from e
 
 
 # What follows from the records --------------------------------------------------------------------------------------------
@@ -202,7 +206,7 @@ class Packed:
         digest: SHA-256 of its ``SHA256SUMS``: what to write down, sign, or have timestamped.
         size: Of the file, in bytes.
         files: How many files are in it.
-        status: Of the run.
+        status: Of the run, as far as its rows bear it out.
         counts: Samples asked, ok, failed, missing; prompts; pictures.
         notes: What a reader must know first.
     """
@@ -251,15 +255,16 @@ def encoded(value: Mapping[str, Any]) -> bytes:
 
 def _statement(summary: Summary, counts: dict[str, Any], facts: Facts, measures: Measures | None) -> dict[str, Any]:
     run, said = summary.manifest, summary.to_dict()
-    seen = counts.pop("seeds")
+    seen, asked = counts.pop("seeds"), summary.tally.asked
     return {
         "format": FORMAT,
         **({} if measures is None else {"measured": _measured(measures)}),
         "made_with": facts.made_with,
         "run": facts.run,
         "kind": run.kind,
-        "status": run.status,
-        "counts": {**counts, "asked": run.asked, "missing": max(run.asked - counts["ok"] - counts["failed"], 0)},
+        "status": summary.status,
+        "counts": {**counts, "asked": asked, "missing": max(asked - counts["ok"] - counts["failed"], 0)},
+        **({"contradictions": list(summary.tally.faults)} if summary.tally.faults else {}),
         "found": {k: said[k] for k in ("detector", "above_threshold", "copy_found", "both", "significant")},
         "headline": said["headline"],
         "subline": said["subline"],
@@ -404,6 +409,11 @@ def _in_order(folders: list[Path]) -> list[Path]:
 
 def _write(half: Path, path: Path, folder: Path, given: Sequence[Path], images: bool) -> Packed:
     run = Run(folder)
+    if differing := run.differing():
+        raise RunError(
+            f"{' and '.join(map(str, given))}: several rows with a result are there for {differing:,} of the samples, and their values "
+            f"differ. A packet has one row for each sample; take out those that do not belong to the run."
+        )
     with zipfile.ZipFile(half, "w") as archive:
         add(archive, "run.json", pieces_of(folder / "run.json"))
         add(archive, "samples.jsonl", run.lines(), size=sum(f.stat().st_size for f in run.files()))
@@ -413,7 +423,10 @@ def _write(half: Path, path: Path, folder: Path, given: Sequence[Path], images: 
         for name, file in measured.items():
             add(archive, name, pieces_of(file), size=file.stat().st_size)
     with Archive(half) as archive:
-        pictures = _pictures(named_by(Records(archive)), given) | of_them
+        records = Records(archive)
+        for name in records.judged_by:
+            records.thresholds(name)  # refused now, not by whoever gets the packet
+        pictures = _pictures(named_by(records), given) | of_them
     if images:
         with zipfile.ZipFile(half, "a") as archive:
             for name, picture in pictures.items():

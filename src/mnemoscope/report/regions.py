@@ -6,8 +6,11 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
+from pydantic import BaseModel, Field, TypeAdapter, ValidationError
+
+from ..errors import RunError
 from ..records.documents import read_json
-from ..records.store import write_whole
+from ..records.store import first_error, write_whole
 
 __all__ = ["NAME", "read_regions", "write_regions"]
 
@@ -20,9 +23,24 @@ def write_regions(run: Path, kept: Mapping[str, Mapping[str, str]]) -> Path:
 
 
 def read_regions(run: Path) -> dict[str, tuple[str, str]]:
-    """From prompts to file and words; empty where there are none, or where the file is damaged."""
+    """From prompts to file and words; empty where there are none.
+
+    Raises:
+        RunError: the file is damaged; the message names the key.
+    """
+    path = run / NAME
     try:
-        stored = read_json(run / NAME, run)
-        return {str(prompt): (str(entry["file"]), str(entry["alt"])) for prompt, entry in stored.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        stored = TypeAdapter(dict[str, _Map]).validate_python(read_json(path, run))
+    except FileNotFoundError:
         return {}
+    except (OSError, ValueError) as e:
+        why = e.strerror if isinstance(e, OSError) else first_error(e) if isinstance(e, ValidationError) else str(e)
+        raise RunError(f"{path} cannot be read ({why or e}); delete it: `mnemoscope regions` makes it again.") from None
+    return {prompt: (entry.file, entry.alt) for prompt, entry in stored.items()}
+
+
+class _Map(BaseModel):
+    """The map of one prompt; later versions may write more."""
+
+    file: str = Field(max_length=1000)
+    alt: str = Field(max_length=10_000)

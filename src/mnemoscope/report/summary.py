@@ -19,8 +19,10 @@ from pydantic import ValidationError
 from ..errors import RunError, UsageError
 from ..records.files import read_inside
 from ..records.schema import Manifest, Row, Thresholds
-from ..records.store import Run
+from ..records.store import Run, first_error
 from ..records.table import prompt_scores
+from ..records.tally import Count, Tally
+from ..records.thresholds import parse_thresholds
 from .discrimination import Baseline, Comparison, Discrimination, discriminations
 from .findings import (
     Evidence,
@@ -85,7 +87,8 @@ class Summary:
 
     Attributes:
         name: Name of the run folder.
-        manifest: The run's manifest.
+        manifest: The run's manifest, as it states itself.
+        tally: How far the run is, counted from its rows; its status is the one to show.
         detector: Name of the score; None: the run has none.
         space: Space of the predictions that were compared.
         thresholds: Where the threshold comes from; None: not calibrated.
@@ -106,6 +109,7 @@ class Summary:
 
     name: str
     manifest: Manifest
+    tally: Tally
     detector: str | None
     space: str | None
     thresholds: Thresholds | None
@@ -125,6 +129,11 @@ class Summary:
 
     def __str__(self) -> str:
         return self.headline
+
+    @property
+    def status(self) -> str:
+        """The run's status, as far as its rows bear it out."""
+        return self.tally.status
 
     @property
     def above(self) -> Share | None:
@@ -202,6 +211,9 @@ class Summary:
             "prompts": len(self.findings),
             "seeds": self.seeds,
             "rows": self.rows,
+            "status": self.status,
+            "asked": self.tally.asked,
+            "contradictions": list(self.tally.faults),
             "above_threshold": _share(self.above),
             "copy_found": _share(self.copies),
             "both": _share(self.figures[2].share),
@@ -243,10 +255,12 @@ def read_summary(folder: str | Path, *, detector: str | None = None, separate: b
         UnknownName: the run has no such score.
     """
     run = Run(folder)
-    thresholds = read_part(run.folder / "thresholds.json", Thresholds.model_validate_json)
+    thresholds = read_part(run.folder / "thresholds.json", parse_thresholds)
     baseline = read_part(run.folder / "controls.json", Baseline.parse)
     name = run.folder.resolve().name
-    return summarize(_Rows(run), run.manifest, thresholds, baseline, detector=detector, name=name, separate=separate)
+    return summarize(
+        _Rows(run), run.manifest, thresholds, baseline, detector=detector, name=name, separate=separate, differing=run.differing()
+    )  # fmt: skip
 
 
 def summarize(
@@ -258,6 +272,7 @@ def summarize(
     detector: str | None = None,
     name: str = "run",
     separate: bool = True,
+    differing: int = 0,
 ) -> Summary:
     """Summarize rows.
 
@@ -269,6 +284,7 @@ def summarize(
         detector: Which score; None: the calibrated one, else the first one seen.
         name: What to call the run.
         separate: Whether AUC and TPR are computed.
+        differing: Samples that have several rows with a result in the run's files, with other values.
 
     Raises:
         UsageError: ``rows`` can be iterated only once.
@@ -276,7 +292,9 @@ def summarize(
     """
     if isinstance(rows, Iterator):
         raise UsageError("summarize reads the rows twice: give a list, or a Run through read_summary, not a generator.")
-    evidence, names = gather(rows)
+    count = Count(manifest)
+    evidence, names = gather(count.each(rows))
+    tally = count.tally(differing=differing)
     chosen = detector or (
         thresholds.detector if thresholds and thresholds.detector in names else next(iter(names), None)
     )
@@ -292,7 +310,9 @@ def summarize(
     )
     discrimination, missing = discriminations(findings, chosen, baseline) if separate else ([], "")
     gaps = list(
-        untested(manifest, findings, used, seeds, needed=needed, rounding=rounding, foreign=foreign, variants=variants)
+        untested(
+            manifest, tally, findings, used, seeds, needed=needed, rounding=rounding, foreign=foreign, variants=variants
+        )
     )
     if strange and thresholds is not None:
         gaps.insert(
@@ -304,6 +324,7 @@ def summarize(
     return Summary(
         name=name,
         manifest=manifest,
+        tally=tally,
         detector=chosen,
         space=next((s.space for s in scored.values()), None),
         thresholds=used,
@@ -492,7 +513,7 @@ def read_part(path: Path, read: Callable[[bytes], Any]) -> Any:
     except FileNotFoundError:
         return None
     except (OSError, ValueError, ValidationError) as e:
-        why = e.strerror if isinstance(e, OSError) else None
+        why = e.strerror if isinstance(e, OSError) else first_error(e) if isinstance(e, ValidationError) else None
         raise RunError(
             f"{path} cannot be read ({why or str(e).splitlines()[0]}); restore it, or delete it to go without."
         ) from e

@@ -443,7 +443,7 @@ def _compared(pipe: Any, calibration: Calibration, accept: bool) -> tuple[list[s
             f"the weights are offloaded one by one and cannot be compared with {where}; make the guard before "
             f"enable_sequential_cpu_offload(), or pass accept=True."
         )
-    if not {"target", "steps", "guidance", "window", "seeds"} <= was.keys():
+    if not ({"target", "steps", "guidance", "window", "seeds"} <= was.keys() and isinstance(was["target"], dict)):
         raise UsageError(f"{where} does not say what its scores depend on; make one with {CURE}.")
     options = {"resolution": tuple(size)} if (size := was["target"].get("resolution")) else {}
     target = target_around(pipe, sampler="ddim", **options)

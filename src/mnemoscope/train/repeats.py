@@ -9,11 +9,14 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import BaseModel, Field, ValidationError
 
 from ..errors import UsageError
 from ..records.documents import read_json
-from ..records.store import write_whole
+from ..records.schema import Finite
+from ..records.store import first_error, short, write_whole
 from ..similarity.base import build
 from ..similarity.duplicates import find_clusters
 from ..similarity.index import ReferenceIndex
@@ -101,12 +104,44 @@ def write_repeats(path: str | Path, data: TrainingSet, repeats: Repeats, action:
 
 
 def read_repeats(path: Path, data: TrainingSet) -> Repeats | None:
-    """What :func:`write_repeats` wrote about exactly these pictures; None: nothing."""
+    """What :func:`write_repeats` wrote about exactly these pictures; None: nothing.
+
+    Raises:
+        UsageError: the file holds something else; the message names the key.
+    """
     if not path.is_file():
         return None
-    found = read_json(path)
-    if found["data"] != data.digest():
-        return None
+    try:
+        content = read_json(path)
+        if isinstance(content, dict) and content.get("data") != data.digest():
+            return None
+        stored = _Stored.model_validate(content)
+        return Repeats(_clusters(stored, data), stored.threshold, stored.descriptor)
+    except (OSError, ValueError) as e:
+        why = first_error(e) if isinstance(e, ValidationError) else str(e)
+        raise UsageError(f"{path} is no list of near-duplicates ({why}); delete it, and it is made again.") from None
+
+
+class _Cluster(BaseModel):
+    kept: str
+    dropped: list[str] = Field(min_length=1)
+
+
+class _Stored(BaseModel):
+    """The file; later versions may write more."""
+
+    descriptor: str
+    threshold: Annotated[Finite, Field(ge=-1, le=1)]
+    clusters: list[_Cluster]
+
+
+def _clusters(stored: _Stored, data: TrainingSet) -> tuple[tuple[int, ...], ...]:
+    """The clusters by rows of the data; raises ValueError where they name others, or one of them twice."""
     rows = {p.id: i for i, p in enumerate(data.pictures)}
-    clusters = tuple(tuple(rows[name] for name in [c["kept"], *c["dropped"]]) for c in found["clusters"])
-    return Repeats(clusters, found["threshold"], found["descriptor"])
+    clusters = [[c.kept, *c.dropped] for c in stored.clusters]
+    names = [name for cluster in clusters for name in cluster]
+    if strangers := [name for name in names if name not in rows]:
+        raise ValueError(f"clusters names {short(repr(strangers[0]))}, which is no picture of the data")
+    if len(set(names)) < len(names):
+        raise ValueError("clusters names a picture twice")
+    return tuple(tuple(rows[name] for name in cluster) for cluster in clusters)

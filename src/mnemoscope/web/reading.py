@@ -27,6 +27,7 @@ from ..parsing import ParseError, parse_json
 from ..records.files import open_inside
 from ..records.schema import Manifest, Nearest, Row, Score, Thresholds
 from ..records.store import Run, digest
+from ..records.thresholds import parse_thresholds
 from ..report.once import Once
 from ..report.summary import Finding, Summary, read_part, summarize
 
@@ -57,6 +58,12 @@ class Entry:
     manifest: Manifest | None
     rows: int
     error: str = ""
+
+    @property
+    def status(self) -> str:
+        """Of the manifest; that of a run with fewer lines than samples is never done."""
+        stated = "" if self.manifest is None else self.manifest.status
+        return "incomplete" if stated == "done" and self.manifest and self.rows < self.manifest.asked else stated
 
 
 @dataclass(frozen=True, slots=True)
@@ -389,7 +396,9 @@ class _Columns:
         self.reference = array("q")
         self.descriptor = array("q")
         self.similarity = array("d")
+        self.threshold = array("d")
         self.copy = array("b")
+        self.repeated = False
         self.file = array("q")
         self.start = array("q")
         self.length = array("q")
@@ -403,6 +412,7 @@ class _Columns:
         if i == len(self):
             self._extend()
         elif self.ok[i]:
+            self.repeated |= row.status == "ok"
             return
         near = row.nearest
         self.prompt[i] = self._prompt(row)
@@ -411,6 +421,7 @@ class _Columns:
         self.reference[i] = self._names.number(near.reference if near else None)
         self.descriptor[i] = self._names.number(near.descriptor if near else None)
         self.similarity[i] = near.similarity if near else math.nan
+        self.threshold[i] = math.nan if near is None or near.threshold is None else near.threshold
         self.copy[i] = -1 if near is None or near.copy_found is None else near.copy_found
         self.file[i], self.start[i], self.length[i] = file, start, length
         for name, score in row.scores.items():
@@ -426,7 +437,7 @@ class _Columns:
             flag.append(0)
         for number in (self.reference, self.descriptor, self.copy):
             number.append(-1)
-        for value in (self.similarity, *self.scores.values()):
+        for value in (self.similarity, self.threshold, *self.scores.values()):
             value.append(math.nan)
 
     def _prompt(self, row: Row) -> int:
@@ -466,7 +477,11 @@ class _Columns:
             return None
         found = None if self.copy[i] < 0 else bool(self.copy[i])
         return Nearest.model_construct(
-            reference=reference, descriptor=descriptor, similarity=self.similarity[i], copy_found=found
+            reference=reference,
+            descriptor=descriptor,
+            similarity=self.similarity[i],
+            threshold=None if math.isnan(self.threshold[i]) else self.threshold[i],
+            copy_found=found,
         )
 
     def line(self, i: int, id: str, detector: str | None) -> Line:
@@ -526,7 +541,7 @@ class _Reader:
         if latest is not None and (latest.version == version or time.monotonic() < self._due):
             return latest
         began = time.monotonic()
-        thresholds = read_part(self.folder / "thresholds.json", Thresholds.model_validate_json)
+        thresholds = read_part(self.folder / "thresholds.json", parse_thresholds)
         rows = self._read(run)
         made = self._make(run, version, rows, thresholds)
         with self._lock:
@@ -588,7 +603,8 @@ class _Reader:
     def _make(self, run: Run, version: str, rows: _Rows, thresholds: Thresholds | None) -> Snapshot:
         columns = rows.columns
         ids = list(columns.at)
-        summary = summarize(columns, run.manifest, thresholds, name=self.folder.name)
+        differing = run.differing() if columns.repeated else 0
+        summary = summarize(columns, run.manifest, thresholds, name=self.folder.name, differing=differing)
         findings = {(f.prompt_id, f.prompt): f for f in (*summary.findings, *summary.variants)}
         members: dict[tuple[str, str], list[int]] = {}
         for i, number in enumerate(columns.prompt):
