@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
+from .bounds import bounds_of
 from .errors import UnknownName, UsageError
 
 __all__ = ["BUNDLED", "build", "document_options", "find", "installed", "options_of"]
@@ -54,6 +55,9 @@ def build(kind: str, name: str, options: Mapping[str, Any] | None = None) -> Any
     """
     make, given = find(kind, name), dict(options or {})
     _require_known(kind, name, make, given)
+    for option, bound in bounds_of(make).items():
+        if given.get(option) is not None:
+            given[option] = bound.judge(f"{option} of the {kind} {name}", given[option])
     try:
         return make(**given)
     except (TypeError, ValueError) as e:

@@ -42,6 +42,7 @@ __all__ = [
     "pairs_within",
     "realized_fpr",
     "replication_bound",
+    "require_enough",
     "roc",
     "rounding",
     "separation",
@@ -501,9 +502,18 @@ def realized_fpr(n: int, fpr: float, confidence: float = 0.95) -> Interval:
     return Interval(m / (n + 1), float(low), float(high), confidence, "Beta law of an order statistic")
 
 
+def require_enough(n: int, fpr: float) -> None:
+    """Refuse a false-positive rate that n ordinary scores cannot state, before any of them is computed.
+
+    Raises:
+        UsageError: with how many it takes, and which rate they can state.
+    """
+    _allowed(n, fpr)
+
+
 def least_ordinary(fpr: float) -> int:
     """How many ordinary prompts a threshold at this false-positive rate needs: 99 for 1 %."""
-    n = round(1 / _rate("fpr", fpr))
+    n = round(min(1 / _rate("fpr", fpr), 1e18))  # a rate near the smallest float has no reciprocal
     return n - 1 if 1 / n <= fpr else n
 
 

@@ -92,7 +92,7 @@ def test_calibration_gives_p_and_refuses_to_travel(world):
 
 
 def test_bad_requests_get_a_sentence(world):
-    with pytest.raises(UsageError, match="at least one seed"):
+    with pytest.raises(UsageError, match="seeds is 0, and must be a whole number from 1"):
         check(world, "a cat", seeds=0)
     with pytest.raises(CannotAudit, match="takes no text"):
         check(Gaussian.tiny(has_text=False), "a cat")

@@ -60,12 +60,12 @@ def test_every_setting_says_what_it_means_and_what_it_may_be() -> None:
 @pytest.mark.parametrize(
     ("given", "says"),
     [
-        ({"seeds": "four"}, "seeds is 'four', and must be a whole number of 1 or more."),
-        ({"seeds": 0}, "seeds is 0, and must be a whole number of 1 or more."),
+        ({"seeds": "four"}, "seeds is 'four', and must be a whole number from 1 to 100,000,000."),
+        ({"seeds": 0}, "seeds is 0, and must be a whole number from 1 to 100,000,000."),
         ({"steps": 1.5}, "steps is 1.5, and must be a whole number from 1 to 1000."),
-        ({"guidance": float("nan")}, "guidance is nan, and must be a number above 0."),
-        ({"batch_size": 0}, "batch_size is 0, and must be 'auto' or a whole number of 1 or more."),
-        ({"batch_size": "big"}, "batch_size is 'big', and must be 'auto' or a whole number of 1 or more."),
+        ({"guidance": float("nan")}, "guidance is nan, and must be a number above 0 and at most 1000."),
+        ({"batch_size": 0}, "batch_size is 0, and must be 'auto' or a whole number from 1 to 1,000,000,000."),
+        ({"batch_size": "big"}, "batch_size is 'big', and must be 'auto' or a whole number from 1 to 1,000,000,000."),
         ({"max_errors": 1.5}, "max_errors is 1.5, and must be a count such as 20, or a share below 1 such as 0.05."),
         ({"seed_mode": "own"}, "seed_mode is 'own', and must be 'shared' or 'per-prompt'."),
         ({"images": "perhaps"}, "images is 'perhaps', and must be true or false."),

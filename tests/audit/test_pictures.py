@@ -32,3 +32,15 @@ def test_a_pipe_is_one_sentence_and_is_not_waited_for(folder):
     os.mkfifo(folder / "b.png")
     with pytest.raises(UsageError, match=r"b\.png cannot be read \(it is no regular file\)"):
         opened([p.file for p in pictures_in([folder])], (16, 16))
+
+
+@pytest.mark.parametrize("caption", ["null", "NaN", "true", '["a"]', "{}"])
+def test_what_is_no_text_is_no_caption(folder, caption):
+    (folder / "c.jsonl").write_text(f'{{"image": "a.png", "caption": {caption}}}\n')
+    with pytest.raises(UsageError, match="line 1: write"):
+        pictures_in([folder], folder / "c.jsonl")
+
+
+def test_a_number_is_a_caption(folder):
+    (folder / "c.jsonl").write_text('{"image": "a.png", "caption": 1984}\n')
+    assert [p.caption for p in pictures_in([folder], folder / "c.jsonl")] == ["1984"]

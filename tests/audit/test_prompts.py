@@ -313,3 +313,164 @@ def test_lists_of_texts_mappings_and_prompts() -> None:
     assert c == Prompt("x", "c", "h", True)
     assert refused([]) == "a list of 0 holds no prompt; write one per line, or name a file that has some."
     assert refused([3]).startswith("item 1 of the list: the prompt is int '3'")
+
+
+# What is taken for what
+
+
+@pytest.mark.parametrize("first", ["a cat on a roof", "Cat", "1", "prompt of a cat"])
+@pytest.mark.parametrize(("name", "encoding"), [("p.csv", "utf-8"), ("p.tsv", "utf-8-sig"), ("q.csv", "utf-16")])
+def test_a_first_line_without_a_known_name_is_a_prompt_and_that_is_said(file, first, name, encoding) -> None:
+    path = file(name, f"{first}\na dog\n\n".encode(encoding))
+    found = read_prompts(path)
+    assert texts(found) == [first, "a dog"]
+    assert found.taken == (
+        f"{path}: the first line ({first!r}) is taken as a prompt, because it is called neither prompt, caption nor text; if it is a "
+        f"header, name it as the prompt's column (--column)",
+    )
+    assert texts(read_prompts(path, Columns(prompt=first))) == ["a dog"]
+
+
+@pytest.mark.parametrize("header", ["prompt", "Caption", " TEXT ", '"text"'])
+def test_a_first_line_with_a_known_name_is_a_header_and_that_is_said(file, header) -> None:
+    path = file("p.csv", f"{header}\na cat\n")
+    found = read_prompts(path)
+    assert texts(found) == ["a cat"]
+    assert found.taken == (
+        f"{path}: column {header.strip(chr(34))!r} is taken as the prompt; the first line is read as a header",
+    )
+
+
+def test_every_column_that_is_read_is_named(file) -> None:
+    path = file("p.csv", "\nid; caption; label ;weight\n1;a cat;yes;3\n2;a dog;no;4\n")
+    found = read_prompts(path)
+    assert [(p.id, p.text, p.label) for p in found] == [("1", "a cat", True), ("2", "a dog", False)]
+    assert found.taken == (
+        f"{path}: column ' caption' is taken as the prompt, 'id' as its id, ' label ' as its label; the first line is read as a header",
+    )
+    assert read_prompts(["a cat"]).taken == ()
+    assert read_prompts(file("p.txt", "a cat\n")).taken == ()
+
+
+def test_lines_of_prompts_without_names_above_them_are_refused_with_the_cure(file) -> None:
+    path = file("p.csv", "a cat, sitting,1\na dog, lying,0\n")
+    assert refused(path).endswith(
+        "If its first line holds prompts already, write one with names above it, or use .txt for one plain prompt per line."
+    )
+
+
+def test_line_breaks_inside_quotes_are_part_of_the_prompt(file) -> None:
+    assert texts(read_prompts(file("p.csv", '"a cat\non a roof"\r\n"a ""dog"""\r\n'))) == [
+        "a cat\non a roof",
+        'a "dog"',
+    ]
+
+
+# Labels and names as tables have them
+
+nan = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("value", "label"),
+    [
+        ("yes", True), ("NO", False), ("True", True), ("true ", True), ("FALSE", False), ("1", True), ("0", False), ("1.0", True),
+        ("0.0", False), (1, True), (0.0, False), (True, True), ("", None), ("  ", None), (None, None), (nan, None), ("nan", None),
+        ("None", None),
+    ],
+)  # fmt: skip
+def test_a_label_is_read_as_tables_write_it(value, label) -> None:
+    rows = [{"prompt": "a", "label": value}, {"prompt": "b", "label": True}, {"prompt": "c", "label": "no"}]
+    assert [p.label for p in read_prompts(rows)] == [label, True, False]
+
+
+@pytest.mark.parametrize("odd", ["maybe", "ja", 2, 0.5, "1.5", -1])
+def test_one_odd_label_among_labels_is_named_with_its_row(odd) -> None:
+    rows = [{"prompt": "a", "label": "yes"}, {"prompt": "b", "label": odd}, {"prompt": "c", "label": "no"}]
+    assert refused(rows) == (
+        f"item 2 of the list: label {odd!r} is not one of true, 1, yes, false, 0, no; correct it, leave it empty where nobody knows, or "
+        f"rename column 'label' if it holds no labels."
+    )
+
+
+@pytest.mark.parametrize("values", [["cat", "dog", ""], [0, 1, 2, 3, 4], [3, 1, 7]])
+def test_a_column_called_label_that_holds_something_else_is_said_to_be_left_alone(values) -> None:
+    found = read_prompts([{"prompt": f"p{i}", "label": value} for i, value in enumerate(values)])
+    assert {p.label for p in found} == {None}
+    assert "is not read as labels" in found.notes[0]
+
+
+@pytest.mark.parametrize("missing", [None, nan, "", " "])
+@pytest.mark.parametrize("column", ["id", "group", "family", "swap"])
+def test_a_missing_value_is_no_name(missing, column) -> None:
+    first, second = read_prompts([{"prompt": "a", column: missing}, {"prompt": "b", column: "x"}])
+    plain, _ = read_prompts(["a", "b"])
+    assert first == plain
+    assert getattr(second, column) == "x"
+
+
+def test_whole_numbers_are_names_without_a_fraction() -> None:
+    found = read_prompts(
+        [{"prompt": "a", "id": 1.0, "group": 2.0}, {"prompt": "b", "id": nan}, {"prompt": "c", "id": 3}]
+    )
+    assert [(p.id, p.group) for p in found][::2] == [("1", "2"), ("3", None)]
+
+
+# Parquet: only what is needed is read
+
+
+def damaged(table: pa.Table) -> bytes:
+    out = io.BytesIO()
+    pq.write_table(table, out)
+    return out.getvalue()
+
+
+UNREADABLE = {
+    "dates": pa.array([10**9, 1], pa.date32()),
+    "times": pa.array([2**60, 1], pa.timestamp("ms")),
+    "words": pa.Array.from_buffers(
+        pa.string(), 2, [None, pa.py_buffer(b"\0\0\0\0\1\0\0\0\2\0\0\0"), pa.py_buffer(b"\xff\xfe")]
+    ),
+}
+"""Columns that have no counterpart in Python."""
+
+
+@pytest.mark.parametrize("kind", UNREADABLE)
+def test_a_column_that_cannot_be_read_matters_only_where_it_is_needed(file, kind: str) -> None:
+    content = damaged(pa.table({"caption": ["a cat", "a dog"], kind: UNREADABLE[kind]}))
+    assert texts(read_prompts(file("p.parquet", content))) == ["a cat", "a dog"]
+    for columns in (Columns(prompt=kind), Columns(id=kind)):
+        said = refused(file("p.parquet", content), columns)
+        assert f"column {kind!r} of " in said
+        assert "cannot be read (" in said
+
+
+def test_odd_kinds_of_columns_are_no_obstacle(file) -> None:
+    content = damaged(
+        pa.table(
+            {
+                "caption": pa.array(["a cat", "a dog"]).dictionary_encode(),
+                "id": pa.array([1.0, None]),
+                "label": pa.array([True, None]),
+                "embedding": pa.array([[1.0], [2.0]]),
+                "hash": pa.array([b"12", b"34"], pa.binary(2)),
+                "nothing": pa.nulls(2),
+                "meta": pa.array([{"a": 1}, None]),
+            }
+        )
+    )
+    first, second = read_prompts(file("p.parquet", content))
+    assert (first.id, first.text, first.label) == ("1", "a cat", True)
+    assert (second.text, second.label) == ("a dog", None)
+    assert second.id == read_prompts(["a dog"]).prompts[0].id
+
+
+def test_unneeded_columns_are_not_read(file, monkeypatch) -> None:
+    path = file("p.parquet", damaged(pa.table({"caption": ["a"], "weight": [1], "url": ["x"]})))
+    asked = []
+    read = pq.ParquetFile.read
+    monkeypatch.setattr(
+        pq.ParquetFile, "read", lambda self, **more: asked.append(more["columns"]) or read(self, **more)
+    )
+    assert texts(read_prompts(path)) == ["a"]
+    assert asked == [["caption"]]

@@ -86,7 +86,10 @@ def test_lora_files_and_their_scales():
         (["report", "nowhere"], "nowhere holds no run"),
         (["report", "nowhere", "--format", "pdf"], "no report format named 'pdf'"),
         (["audit", "demo", "--prompts", "nowhere.txt"], "nowhere.txt"),
-        (["audit", "demo", "--prompts", "x.txt", "--seeds", "0"], "seeds is 0"),
+        (
+            ["audit", "demo", "--prompts", "x.txt", "--seeds", "0"],
+            "'--seeds': it is '0', and must be a whole number from 1",
+        ),
         (["audit", "demo", "--prompts", "x.txt", "--model-option", "revision"], "write name=value"),
         (["audit", "demo", "--prompts", "x.txt", "--lora", "a", "--model-option", "lora=b"], "both name a LoRA"),
         (["audit", "nowhere/model.safetensors", "--prompts", "x.txt"], "check the path"),
@@ -95,7 +98,10 @@ def test_lora_files_and_their_scales():
         (["audit", "demo", "--prompts", "x.txt", "--detectors", "magnitud"], "Did you mean 'magnitude'?"),
         (["calibrate", "demo", "--prompts", "x.txt", "--detectors", "magnitud"], "Did you mean 'magnitude'?"),
         (["calibrate", "demo", "--prompts", "x.txt", "--fresh"], "--fresh needs --out"),
-        (["audit", "demo", "--prompts", "x.txt", "--window", "0"], "empty window"),
+        (
+            ["audit", "demo", "--prompts", "x.txt", "--window", "0"],
+            "'--window': it is '0', and must be a whole number from 1 to 1000",
+        ),
         (["check", "demo", "x", "--calibration", "nothing"], "nothing holds no thresholds.json"),
     ],
 )

@@ -123,7 +123,7 @@ def test_the_same_command_continues_with_the_same_descriptor(run, pictures):
         (["index", "query", "nowhere", "x.png"], "nowhere holds no index"),
         (["index", "bild"], "No such command 'bild'"),
         (["duplicates", "nowhere"], "nowhere does not exist"),
-        (["duplicates", "pictures", "--threshold", "1"], "joins all pictures or none"),
+        (["duplicates", "pictures", "--threshold", "1"], "must be a similarity above -1 and below 1"),
         (["duplicates", "pictures", "--run", "nowhere"], "nowhere holds no run"),
     ],
 )

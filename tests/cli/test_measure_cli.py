@@ -135,7 +135,7 @@ def test_the_command_on_the_bundled_model(run, tmp_path):
         (["demo", "a.png", "--only", ","], "--only flipd"),
         (["demo", "a.png", "--screen-share", "0.1"], "--screen flipd"),
         (["demo", "a.png", "--screen", "flipd", "--screen-share", "0"], "above 0 and at most 1"),
-        (["demo", "a.png", "--scales", "0.5"], "guidance scales of 1 or more"),
+        (["demo", "a.png", "--scales", "0.5"], "guidance scales, each a number from 1 to 1000"),
     ],
 )
 def test_what_is_wrong_is_said_in_a_sentence(run, words, says):

@@ -38,7 +38,7 @@ def test_bench_and_continue(run, small, tmp_path):
 def test_bench_says_what_is_wrong(run, tmp_path):
     code, _, err = run("bench", "mitigations", "--method", "delayed-guidence", "--out", tmp_path, "--seeds", 0)
     assert code == 2
-    assert "at least 1" in err
+    assert "'--seeds': it is '0', and must be a whole number from 1" in err
 
 
 def test_a_misspelt_method(run, small, tmp_path):

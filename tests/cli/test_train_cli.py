@@ -67,7 +67,7 @@ def test_a_training_tells_what_it_made(run, pictures, model):
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (["--steps", 0], "steps is 0, and must be a whole number of 1 or more"),
+        (["--steps", 0], "'--steps': it is '0', and must be a whole number from 1 to 1,000,000,000"),
         (["--augment", "shuffle"], "augment is 'shuffle', and must be one of random-tokens"),
         (["--canaries", "3"], "canaries is '3', and must be copies:number pairs"),
         (["--dedupe", "all"], "dedupe is 'all'"),

@@ -120,7 +120,7 @@ def test_one_sentence_for_each_mistake(target_of, build_pipe, adapt):
         regions(template(), "a card", "scores")
     with pytest.raises(UsageError, match="the last is 3"):
         regions(template(), "a card", at=4, steps=4)
-    with pytest.raises(UsageError, match="at least one seed"):
+    with pytest.raises(UsageError, match="seeds is 0, and must be a whole number from 1"):
         regions(template(), "a card", seeds=0)
     broken = adapt(build_pipe("sd"))
     broken.unet.conv_out.weight.data.fill_(float("nan"))

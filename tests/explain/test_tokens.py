@@ -364,7 +364,7 @@ def test_one_sentence_for_each_mistake(target_of):
         explain_prompt(target, "a cat", method="edits")
     with pytest.raises(UsageError, match="0 to 49"):
         Explainer(target, at=50)
-    with pytest.raises(UsageError, match="at least one seed"):
+    with pytest.raises(UsageError, match="seeds is 0, and must be a whole number from 1"):
         Explainer(target, seeds=0)
     with pytest.raises(UsageError, match="first step alone"):
         Explainer(target, at=(0, 1)).explain(["a cat"], "wen-official")

@@ -335,5 +335,5 @@ def test_values_that_mean_nothing():
         Attenuation(form="softmax")
     with pytest.raises(UsageError, match="share"):
         Masking(-0.1)
-    with pytest.raises(UsageError, match="start token"):
+    with pytest.raises(UsageError, match=r"c is 0.5, and must be a number from 1"):
         Masking(c=0.5)

@@ -90,7 +90,7 @@ def test_it_leaves_the_basin_where_the_truth_is_known():
 
 @pytest.mark.parametrize("options", [{"start": 1.5}, {"start": -0.1}])
 def test_a_share_is_a_share(options):
-    with pytest.raises(UsageError, match="share of the schedule"):
+    with pytest.raises(UsageError, match=r"start is .*, and must be a share from 0 to 1"):
         DelayedGuidance(**options)
 
 

@@ -137,5 +137,5 @@ def test_walks_straight_down_where_the_answer_is_known():
 
 @pytest.mark.parametrize("options", [{"target": 0.0}, {"target": -1.0}, {"updates": 0}, {"lr": 0.0}])
 def test_refuses(options):
-    with pytest.raises(UsageError, match="positive"):
+    with pytest.raises(UsageError, match=r"must be a (whole )?number (above 0|from 1)"):
         PromptOptimization(**options)

@@ -88,7 +88,7 @@ def test_unknown_names_get_a_suggestion(changes, sentence):
         ({"rules": [RULE | {"metric": "copies.count"}]}, "a count has no upper bound; write copies.share"),
         ({"rules": [{"name": "x", "metric": "copies.share", "max": 5}]}, "max is 5, and a share is at most 1"),
         ({"rules": [{"name": "x", "metric": "copies.count", "max": 0.01}]}, "a count is whole"),
-        ({"rules": [RULE | {"max_upper95": 0}]}, "max_upper95 is 0; it should be greater than 0"),
+        ({"rules": [RULE | {"max_upper95": 0}]}, "max_upper95 is 0; it must be a rate above 0 and below 1"),
         ({"rules": [RULE | {"level": "error"}]}, "level is 'error'; it should be 'fail' or 'warn'"),
         ({"rules": [RULE, RULE]}, "two rules are named 'no copies'"),
         ({"rules": [RULE | {"name": 7}]}, "put it in quotes"),

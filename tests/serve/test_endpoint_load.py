@@ -197,7 +197,7 @@ def test_a_queue_of_none_lets_one_in():
     assert full.value.seconds == 1
     first.cancel()
     worker.submit(order())
-    with pytest.raises(UsageError, match="queue -1"):
+    with pytest.raises(UsageError, match="queue is -1, and must be a whole number from 0"):
         Worker(lambda o, unwanted: Drawn([], []), queue=-1)
 
 

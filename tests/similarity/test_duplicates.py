@@ -165,7 +165,7 @@ def test_the_nearest_of_each_give_the_same_clusters_where_these_are_small(tmp_pa
 
 @pytest.mark.parametrize("threshold", [1.0, -1.0, 2.5])
 def test_a_threshold_that_joins_all_or_none_is_refused(tmp_path, threshold):
-    with pytest.raises(UsageError, match="joins all pictures or none"):
+    with pytest.raises(UsageError, match="must be a similarity above -1 and below 1"):
         find_clusters(index_of(tmp_path / "i", np.eye(3)), threshold)
 
 

@@ -87,7 +87,7 @@ def test_queries_give_the_k_nearest_in_order(pictures, tmp_path):
         assert similarity == sorted(similarity, reverse=True)
         assert similarity[0] == pytest.approx(1, abs=1e-5)
     assert [a.matches for a in index.query(tmp_path / "bad.png")] == [[]]
-    with pytest.raises(UsageError, match="k = 0"):
+    with pytest.raises(UsageError, match="k is 0, and must be a whole number from 1"):
         next(index.query(pictures, 0))
 
 

@@ -613,3 +613,47 @@ def test_a_pipe_is_not_waited_for(tmp_path, name):
     os.mkfifo(tmp_path / name)
     with pytest.raises(UsageError, match="no regular file") if name != "p.tar" else contextlib.nullcontext():
         assert "no regular file" in everything(tmp_path / name)[0].reason
+
+
+NAN = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("ids", "names", "notes"),
+    [
+        (["x", "y", "z"], ["x", "y", "z"], [None, None, None]),
+        ([1.0, 2.0, NAN], ["1", "2", "a.parquet#2"], [None, None, "without an id"]),
+        ([1, None, 3], ["1", "a.parquet#1", "3"], [None, "without an id", None]),
+        (
+            ["x", "", "x"],
+            ["x", "a.parquet#1", "a.parquet#2"],
+            [None, "without an id", "its id 'x' stands above already"],
+        ),
+    ],
+)
+def test_a_row_without_an_id_of_its_own_is_known_by_its_number(tmp_path, ids, names, notes):
+    pq.write_table(
+        pa.table({"image": [encoded(smooth(i)) for i in range(3)], "key": ids, "text": ["a", "b", "c"]}),
+        tmp_path / "a.parquet",
+    )
+    source = open_source(tmp_path / "a.parquet", id_column="key")
+    found = list(read(source, keep))
+    assert [r.entry.id for r in found] == names
+    assert [r.entry.note for r in found] == notes
+    assert all(r.prepared is not None for r in found)
+    assert list(reading.table_values(source, ["text"])) == list(zip(names, ["a", "b", "c"], strict=True))
+
+
+def test_a_column_that_cannot_be_read_matters_only_where_it_is_needed(tmp_path):
+    odd = pa.array([10**9, 1], pa.date32())
+    pq.write_table(
+        pa.table({"image": [encoded(smooth(i)) for i in range(2)], "day": odd, "text": ["a", "b"]}),
+        tmp_path / "a.parquet",
+    )
+    source = open_source(tmp_path / "a.parquet")
+    assert [r.reason for r in read(source, keep)] == [None, None]
+    assert dict(reading.table_values(source, ["text"])) == {"a.parquet#0": "a", "a.parquet#1": "b"}
+    with pytest.raises(UsageError, match=r"column 'day' of a\.parquet cannot be read"):
+        list(reading.table_values(source, ["day"]))
+    (row,) = read(open_source(tmp_path / "a.parquet", id_column="day"), keep)
+    assert row.reason.startswith("table: a.parquet is damaged (OverflowError")

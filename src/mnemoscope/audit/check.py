@@ -11,6 +11,7 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor
 
+from ..bounds import GUIDANCE, STEPS, seed_numbers, within
 from ..detect.calibrate import Calibration, setting_of
 from ..detect.magnitude import Magnitude
 from ..errors import CannotAudit, ModelFault, UsageError
@@ -113,6 +114,7 @@ class Check:
         }  # fmt: skip
 
 
+@within(steps=STEPS, guidance=GUIDANCE)
 def check(
     target: Target,
     prompt: str,
@@ -148,7 +150,7 @@ def check(
         ModelFault: a prediction or a score is not finite.
         UsageError: a calibration made under another setting (the difference is named), or no seed.
     """
-    chosen = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
+    chosen = list(seed_numbers(seeds))
     if not chosen:
         raise UsageError("check needs at least one seed; give seeds=4, for instance.")
     if not target.has_text:

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
 
-from ..errors import CannotAudit, UsageError
+from ..bounds import AMOUNT, COUNT, PART, within
+from ..errors import CannotAudit
 from ..measure.base import Measure, spec_of
 from ..models.base import Target
 from ..records.documents import read_json
@@ -41,12 +42,8 @@ class Screen:
     check: int = 0
 
     def __post_init__(self) -> None:
-        if self.check < 0:
-            raise UsageError(f"{self.check} pictures to check a screen with: use 0 for none, or more.")
-        if not 0 < self.share <= 1:
-            raise UsageError(
-                f"a screen that keeps a share of {self.share:g}: use one above 0 and at most 1, such as 0.3."
-            )
+        AMOUNT.judge("the number of pictures to check a screen with", self.check)
+        PART.judge("the share that a screen keeps", self.share)
 
     def key(self, values: Mapping[str, float | None]) -> float:
         """Sorts the most suspicious first. What has no value comes before all: nothing speaks for leaving it out."""
@@ -70,6 +67,7 @@ class Screen:
         return set(sorted(out, key=lambda i: out[i])[: self.check])
 
 
+@within(batch_size=COUNT)
 def compared(
     measures: Sequence[Measure], target: Target, pictures: Sequence[Picture], out: str | Path, *, batch_size: int = 8,
     progress: Callable[[str, int, int], object] | None = None,

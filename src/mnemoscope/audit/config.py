@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Annotated, Any, Literal, TypeAlias, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from .. import redaction
+from ..bounds import COUNT, GUIDANCE, LEAST_SIMILARITY, SCALE, SEED, SEEDS, SIZE, STEPS, Bound, shown
 from ..errors import UnknownName, UsageError
 from ..parsing import LARGEST_YAML, ParseError, parse_yaml
 from ..plugins import document_options, options_of
@@ -26,9 +27,10 @@ Control: TypeAlias = Literal["case-fold", "title-case", "swap", "within-family",
 """A control that an audit may be asked for."""
 
 
-def _setting(default: Any, allowed: str, **limits: Any) -> Any:
-    """A field with the words that say what it may be."""
-    return Field(default, json_schema_extra={"allowed": allowed}, **limits)
+def _setting(default: Any, allowed: str | Bound, **limits: Any) -> Any:
+    """A field with the words that say what it may be; a bound is also the annotation of its type."""
+    words = allowed.words if isinstance(allowed, Bound) else allowed
+    return Field(default, json_schema_extra={"allowed": words}, **limits)
 
 
 class _Settings(BaseModel):
@@ -126,28 +128,23 @@ class MeasureSpec(_Settings):
 
     name: str = _setting("improved", "improved or official")
     """The preset."""
-    updates: int | None = _setting(None, "a whole number of 1 or more", ge=1)
+    updates: Annotated[int | None, COUNT] = _setting(None, COUNT)
     """Budget of updates; by default the preset's."""
-    steps: int | None = _setting(None, "a whole number from 1 to 1000", ge=1, le=1000)
+    steps: Annotated[int | None, STEPS] = _setting(None, STEPS)
     """Steps of the sampler in tests; by default the preset's."""
-    scales: tuple[float, ...] | None = _setting(None, "a list of guidance scales of 1 or more", min_length=1)
+    scales: tuple[Annotated[float, SCALE], ...] | None = _setting(
+        None, f"a list of guidance scales, each {SCALE.words}", min_length=1
+    )
     """Guidance scales that are tried; by default the preset's."""
     descriptor: str = _setting("fingerprint", "an installed descriptor")
     """What says how similar two pictures are."""
-    beta: float | None = _setting(None, "a similarity such as 0.85")
+    beta: Annotated[float | None, LEAST_SIMILARITY] = _setting(None, LEAST_SIMILARITY)
     """Similarity from which a draw is the picture; only the bundled model has a calibrated one, for the fingerprint."""
 
     @model_validator(mode="before")
     @classmethod
     def _short_form(cls, value: Any) -> Any:
         return {"name": value} if isinstance(value, str) else value
-
-    @field_validator("scales")
-    @classmethod
-    def _guided(cls, value: tuple[float, ...] | None) -> tuple[float, ...] | None:
-        if value is not None and min(value) < 1:
-            raise ValueError("below 1")
-        return value
 
 
 class AuditConfig(_Settings):
@@ -168,21 +165,21 @@ class AuditConfig(_Settings):
         [DetectorSpec(name="magnitude")], "a list of detector names, or mappings with a name"
     )
     """Detectors; all of them watch one and the same trajectory."""
-    seeds: int = _setting(4, "a whole number of 1 or more", ge=1)
+    seeds: Annotated[int, SEEDS] = _setting(4, SEEDS)
     """Generations per prompt, with seeds 0 … n - 1; the first seeds of a larger audit are those of a smaller one."""
-    base_seed: int = _setting(0, "a whole number of 0 or more", ge=0)
+    base_seed: Annotated[int, SEED] = _setting(0, SEED)
     """Another base gives other starting noises."""
     seed_mode: Literal["shared", "per-prompt"] = _setting("shared", "'shared' or 'per-prompt'")
     """shared: all prompts start from one bank of noises, which halves the work of the first step; per-prompt: from their own."""
-    guidance: float | None = _setting(None, "a number above 0", gt=0)
+    guidance: Annotated[float | None, GUIDANCE] = _setting(None, GUIDANCE)
     """Classifier-free guidance scale; by default the model's own."""
-    steps: int = _setting(50, "a whole number from 1 to 1000", ge=1, le=1000)
+    steps: Annotated[int, STEPS] = _setting(50, STEPS)
     """Length of the sampler's schedule (not how many of its steps are run: that is what the detectors need)."""
     controls: list[Control] = _setting([], f"a list of controls: {', '.join(get_args(Control))}")
     """What the score is tested against besides ordinary prompts, where labels are known: ``case-fold`` and ``title-case`` add
     the labeled prompts in other letters, ``swap`` adds another caption of each memorized picture; ``within-family`` and
     ``matched`` compare prompts that are there. Any of them brings the table of AUCs (docs/controls.md)."""
-    batch_size: Literal["auto"] | int = _setting("auto", "'auto' or a whole number of 1 or more")
+    batch_size: Annotated[Literal["auto"] | int, COUNT] = _setting("auto", f"'auto' or {COUNT.words}")
     """Samples per batch; auto starts high and halves when memory runs out."""
     images: bool = _setting(False, "true or false")
     """Run whole trajectories and keep the pictures."""
@@ -206,9 +203,9 @@ class AuditConfig(_Settings):
     """Precision of the model; by default chosen by the device."""
     device: str | None = _setting(None, "a device such as cpu, cuda or cuda:1")
     """Where the model runs; by default a GPU if there is one."""
-    max_errors: int | float = _setting(20, "a count such as 20, or a share below 1 such as 0.05")
+    max_errors: Annotated[int | float, SIZE] = _setting(20, "a count such as 20, or a share below 1 such as 0.05")
     """Stop as soon as more samples than this have failed."""
-    limit: int | None = _setting(None, "a whole number of 1 or more", ge=1)
+    limit: Annotated[int | None, COUNT] = _setting(None, COUNT)
     """Only the first so many prompts: for trying things out."""
     shard: str | None = _setting(None, "k/m with 0 ≤ k < m such as 0/4, or 'env'")
     """Do share k of m; env takes k and m from RANK and WORLD_SIZE, as launchers set them."""
@@ -247,17 +244,10 @@ class AuditConfig(_Settings):
             raise UnknownName("control", unknown[0], get_args(Control))
         return names
 
-    @field_validator("batch_size")
-    @classmethod
-    def _positive(cls, value: int | str) -> int | str:
-        if isinstance(value, int) and value < 1:
-            raise ValueError("too small")
-        return value
-
     @field_validator("max_errors")
     @classmethod
     def _count_or_share(cls, value: int | float) -> int | float:
-        if value < 0 or (isinstance(value, float) and value >= 1):
+        if isinstance(value, float) and value >= 1:
             raise ValueError("neither a count nor a share")
         return value
 
@@ -333,6 +323,7 @@ class AuditConfig(_Settings):
             UnknownName: a detector that is not installed.
             UsageError: none of the detectors has a window, or two would become one and the same.
         """
+        steps = STEPS.judge("window", steps)
         changed: dict[str, DetectorSpec] = {}
         for spec in self.detectors:
             if "steps" in options_of("detector", spec.name):
@@ -437,7 +428,7 @@ def _sentence(error: ValidationError) -> UsageError:
         return UsageError(f"{key} is missing; write, for instance, `{key}: magnitude`.")
     extra = field.json_schema_extra if field is not None else None
     allowed = extra["allowed"] if isinstance(extra, dict) else "a text"
-    return UsageError(f"{key} is {short(repr(first['input']))}, and must be {allowed}.")
+    return UsageError(f"{key} is {shown(first['input'])}, and must be {allowed}.")
 
 
 PARTS: dict[str, type[_Settings]] = {"prompts": PromptSource, "detectors": DetectorSpec, "measure_preset": MeasureSpec}

@@ -13,6 +13,7 @@ from typing import Any
 from safetensors.torch import save as save_tensors
 
 from .. import redaction
+from ..bounds import COUNT, within
 from ..errors import RunError
 from ..measure.base import Measure, spec_of
 from ..measure.invmm import Course, InvMM, Stored
@@ -64,6 +65,7 @@ class Measured:
         return math.inf if self.result["score"] is None else float(self.result["score"])
 
 
+@within(batch_size=COUNT)
 def measured(
     method: InvMM, pictures: Sequence[Picture], out: str | Path, *, batch_size: int = 8,
     progress: Callable[[int, int, Measured], object] | None = None, command: str = "", companions: Sequence[Measure] = (),

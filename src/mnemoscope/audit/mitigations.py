@@ -25,6 +25,7 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
+from ..bounds import COUNT, SEEDS, STEPS, within
 from ..detect.magnitude import Magnitude
 from ..errors import RunError
 from ..mitigate.base import Generation, Mitigation, build, sample
@@ -65,6 +66,7 @@ class Protocol:
         batch_size: Samples at a time.
     """
 
+    @within(seeds=SEEDS, steps=STEPS, batch_size=COUNT)
     def __init__(
         self, target: Target, cases: Sequence[Case], ordinary: Sequence[str], reference: ReferenceSet, captions: CaptionScore, *,
         folder: str | Path, real: Pictures | None = None, plain: Sequence[str] = ("ordinary", "heldout"), seeds: int = 4,

@@ -92,10 +92,17 @@ def picture_lines(file: Path, more: str = "") -> list[dict[str, Any]]:
     pictures = []
     for number, row in lines:
         try:
-            pictures.append({**row, "image": str(row["image"]), "caption": str(row["caption"])})
+            pictures.append({**row, "image": _text(row["image"]), "caption": _text(row["caption"])})
         except (KeyError, TypeError):
             raise UsageError(f'{file}, line {number}: write {{"image": "a.png", "caption": "…"{more}}}.') from None
     return pictures
+
+
+def _text(value: Any) -> str:
+    """A text, or a number as one; null, NaN and the like are none, and would be captions that nobody wrote."""
+    if isinstance(value, bool) or not isinstance(value, (str, int, float)) or value != value:
+        raise TypeError("no text")
+    return str(value)
 
 
 def size_of(target: Target) -> tuple[int, int]:

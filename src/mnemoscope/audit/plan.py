@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +13,8 @@ from ..detect.base import AnyDetector
 from ..models.base import Target
 from .batch import batch_size, needs_null, steps_run
 from .config import AuditConfig
-from .request import choose_detectors, read_prompts_for, samples_for, setting_of
+from .prompts import PromptSet
+from .request import choose_detectors, read_prompts_for, samples_for, setting_of, share_of
 from .stored import Job
 
 __all__ = ["Plan", "measure_speed", "plan"]
@@ -21,6 +22,9 @@ __all__ = ["Plan", "measure_speed", "plan"]
 log = logging.getLogger(__name__)
 
 PICTURE_BYTES = 40_000
+
+LISTED = 1_000_000
+"""Samples of an audit up to which those of a share are counted one by one."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +35,8 @@ class Plan:
         prompts: Different prompts of the whole audit.
         seeds: Seeds of each.
         samples: Rows that will be written: prompts × seeds, or with ``shard`` this process' share of them. The rest is theirs.
-        forwards: Denoiser forwards of one latent (F): exact, unless something fails or is known already.
+        forwards: Denoiser forwards of one latent (F): exact, unless something fails or is known already, or the share is one of more than
+            a million samples.
         pictures: Pictures that will be decoded.
         bytes: Disk, roughly.
         seconds: Time of the prompts, from a measured time per forward; None: not measured.
@@ -76,19 +81,32 @@ def plan(
     pairs = target is None or needs_null(config, target, watching)
     # All prompts share the null prediction of the first step on the bank of n noises.
     shared = pairs and config.seed_mode == "shared"
-    # Which samples a shard has depends on their ids, and these on the model, whose weights are not hashed without need.
-    setting = setting_of(config, target, watching) if config.shard and target is not None else {}
-    _, share, _ = samples_for(config, prompts, setting)
-    forwards = len(share) * ((2 if pairs else 1) * steps - shared) + len({s.seed for s in share}) * shared
-    text = sum(len(s.prompt.text.encode()) for s in share)
-    rows = len(share) * (400 + 20 * sum(d.steps_needed for d in watching.values()))
-    pictures = len(share) if config.images else 0
+    samples, seeds, text = _counts(config, prompts, target, watching)
+    forwards = samples * ((2 if pairs else 1) * steps - shared) + seeds * shared
+    rows = samples * (400 + 20 * sum(d.steps_needed for d in watching.values()))
+    pictures = samples if config.images else 0
     seconds = None if seconds_per_forward is None else forwards * seconds_per_forward
     job = None if target is None else Job.of(config, target)
     return Plan(
-        len(prompts), config.seeds, len(share), forwards, pictures, text + rows + pictures * PICTURE_BYTES, seconds,
+        len(prompts), config.seeds, samples, forwards, pictures, text + rows + pictures * PICTURE_BYTES, seconds,
         *((0, 0, 0) if job is None else (len(job.pictures), *job.most)),
     )  # fmt: skip
+
+
+def _counts(
+    config: AuditConfig, prompts: PromptSet, target: Target | None, watching: Mapping[str, AnyDetector]
+) -> tuple[int, int, int]:
+    """Samples of this process, different seeds among them, and bytes of their prompts."""
+    part = share_of(config.shard)
+    samples, text = len(prompts) * config.seeds, config.seeds * sum(len(p.text.encode()) for p in prompts)
+    if part is None:
+        return samples, config.seeds, text
+    if samples > LISTED:
+        return samples // part[1], config.seeds, text // part[1]
+    # Which samples a shard has depends on their ids, and these on the model, whose weights are not hashed without need.
+    setting = {} if target is None else setting_of(config, target, watching)
+    _, share, _ = samples_for(config, prompts, setting)
+    return len(share), len({s.seed for s in share}), sum(len(s.prompt.text.encode()) for s in share)
 
 
 def measure_speed(config: AuditConfig, target: Target) -> float:

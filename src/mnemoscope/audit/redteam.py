@@ -10,6 +10,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ..bounds import AMOUNT, COUNT, POSITIVE, SEEDS, within
+from ..bounds import STEPS as SCHEDULE
 from ..mitigate.base import Generation, Mitigation, build, first_sizes, key_of, sample
 from ..mitigate.redteam import LEARNING_RATE, STEPS, attack
 from ..models.base import Condition, Target
@@ -41,6 +43,7 @@ class RedTeam:
         batch_size: Samples at a time.
     """
 
+    @within(seeds=SEEDS, steps=SCHEDULE, updates=AMOUNT, lr=POSITIVE, batch_size=COUNT)
     def __init__(
         self, target: Target, cases: Sequence[Case], pictures: Pictures, controls: Sequence[Case],
         control_pictures: Float[Tensor, "control 3 height width"],

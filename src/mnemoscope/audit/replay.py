@@ -21,6 +21,7 @@ from typing import Any, Literal, TypeAlias, get_args
 import numpy as np
 
 from .. import stats
+from ..bounds import COUNT, DIFFERENCE, SEED, within
 from ..errors import UnknownName, UsageError
 from ..models.base import Target
 from ..plugins import BUNDLED, is_number
@@ -216,6 +217,7 @@ class Replayed:
 # Which samples ------------------------------------------------------------------------------------------------------------
 
 
+@within(sample=COUNT, seed=SEED)
 def choose(
     evidence: Evidence, names: Collection[str] = (), *, sample: int = 8, seed: int = 0, everything: bool = False
 ) -> list[Row]:
@@ -305,6 +307,7 @@ def _harmless_options(manifest: Manifest) -> dict[str, Any]:
 # Replaying ----------------------------------------------------------------------------------------------------------------
 
 
+@within(rtol=DIFFERENCE)
 def replay(
     evidence: Evidence,
     rows: Sequence[Row],
@@ -335,8 +338,6 @@ def replay(
     Raises:
         UsageError: the model, the detectors or the reference set are other ones; the difference is named.
     """
-    if rtol is not None and not 0 <= rtol < 1:
-        raise UsageError(f"tolerance is {rtol:g}, and must be a relative difference from 0 up to 1, such as 1e-3.")
     manifest, began, before = evidence.manifest, time.perf_counter(), target.forwards
     request, ids = _request(evidence, rows, target, config or config_of(manifest), reference)
     accepted = _same_setting(manifest, request, accept_model)

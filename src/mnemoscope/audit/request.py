@@ -28,7 +28,10 @@ from .generations import LEAST
 from .prompts import Prompt, PromptSet
 from .variants import with_controls
 
-__all__ = ["Request", "choose_detectors", "load", "read_prompts_for"]
+__all__ = ["Request", "choose_detectors", "load", "read_prompts_for", "require_known", "require_possible"]
+
+MOST = 100_000_000
+"""Samples of one run, all of which are listed in memory."""
 
 PACKAGES = ("mnemoscope", "torch", "diffusers", "transformers", "safetensors", "numpy", "pillow")
 
@@ -78,13 +81,12 @@ class Request:
         Raises:
             MnemoscopeError: it cannot be carried out; the sentence says why.
         """
-        target = load(config) if target is None else target
-        watching = choose_detectors(config, detectors)
-        _require_possible(config, target, watching, reference)
-        prompts = read_prompts_for(config, target)
+        if target is None:
+            require_known(config, detectors)
+            target = load(config)
+        watching, prompts, calibration, accepted = _possible(config, target, detectors, reference)
         setting = setting_of(config, target, watching)
         samples, share, shard = samples_for(config, prompts, setting)
-        calibration, accepted = _calibration(config, target, watching)
         return cls(
             config=config,
             target=target,
@@ -159,6 +161,17 @@ class Request:
         )
 
 
+def require_known(config: AuditConfig, detectors: Sequence[AnyDetector] | None = None) -> PromptSet | None:
+    """Refuse what can be known to be wrong before gigabytes are read; the prompts, where a configuration has some.
+
+    Raises:
+        UsageError: a share, a detector or the prompts cannot be as they were asked for.
+    """
+    share_of(config.shard)
+    choose_detectors(config, detectors)
+    return None if config.prompts is None else read_prompts_for(config)
+
+
 def load(config: AuditConfig) -> Target:
     """The model that a configuration names."""
     if config.model is None:
@@ -231,7 +244,26 @@ def calibration_setting(config: AuditConfig, target: Target, detector: AnyDetect
     )
 
 
-def _require_possible(
+def require_possible(config: AuditConfig, target: Target, reference: Reference | None = None) -> None:
+    """Refuse what :meth:`Request.of` would refuse, without listing the samples.
+
+    Raises:
+        MnemoscopeError: it cannot be carried out; the sentence says why.
+    """
+    _possible(config, target, None, reference)
+
+
+def _possible(
+    config: AuditConfig, target: Target, detectors: Sequence[AnyDetector] | None, reference: Reference | None
+) -> tuple[dict[str, AnyDetector], PromptSet, calibrate.Calibration | None, list[str]]:
+    """Detectors, prompts, and the calibration with what was accepted of it, once they fit together."""
+    watching = choose_detectors(config, detectors)
+    _require_fitting(config, target, watching, reference)
+    prompts = read_prompts_for(config, target)
+    return watching, prompts, *_calibration(config, target, watching)
+
+
+def _require_fitting(
     config: AuditConfig, target: Target, detectors: Mapping[str, AnyDetector], reference: Reference | None
 ) -> None:
     guidance = target.guidance if config.guidance is None else config.guidance
@@ -278,22 +310,39 @@ def samples_for(
     config: AuditConfig, prompts: PromptSet, setting: Mapping[str, Any]
 ) -> tuple[list[Sample], list[Sample], int | None]:
     """Every prompt with every seed, those of them that are this process' to do, and the number of its file."""
+    if len(prompts) * config.seeds > MOST:
+        raise UsageError(
+            f"{len(prompts):,} prompts with {config.seeds:,} seeds are {len(prompts) * config.seeds:,} samples, and one run holds at most "
+            f"{MOST:,}; ask for fewer prompts or seeds, and for the others in another run."
+        )
     key = digest(setting)
     samples = [Sample(sample_id(p.text, seed, key), p, seed) for p in prompts for seed in range(config.seeds)]
     return samples, *_share(samples, config.shard)
 
 
-def _share(samples: list[Sample], shard: str | None) -> tuple[list[Sample], int | None]:
-    """Share k of m by the samples' ids, which are hashes: even, and the same whatever the order."""
+def share_of(shard: str | None) -> tuple[int, int] | None:
+    """k and m of share k of m; None: everything.
+
+    Raises:
+        UsageError: it is no share.
+    """
     if shard == "env":
         rank, size = os.environ.get("RANK"), os.environ.get("WORLD_SIZE")
         shard = f"{rank}/{size}" if rank is not None and size not in (None, "1") else None
     if shard is None:
-        return samples, None
-    found = re.fullmatch(r"(\d+)/(\d+)", shard)
+        return None
+    found = re.fullmatch(r"([0-9]{1,9})/([0-9]{1,9})", shard)
     if found is None or not int(found[1]) < int(found[2]):
         raise UsageError(f"shard is {shard!r}, and must be k/m with 0 ≤ k < m, such as 0/4.")
-    k, m = int(found[1]), int(found[2])
+    return int(found[1]), int(found[2])
+
+
+def _share(samples: list[Sample], shard: str | None) -> tuple[list[Sample], int | None]:
+    """Share k of m by the samples' ids, which are hashes: even, and the same whatever the order."""
+    part = share_of(shard)
+    if part is None:
+        return samples, None
+    k, m = part
     return [s for s in samples if int(s.id, 16) % m == k], k
 
 

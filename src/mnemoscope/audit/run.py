@@ -17,6 +17,7 @@ from typing import Any, Literal
 import torch
 
 from .. import redaction
+from ..bounds import RATE, within
 from ..detect.base import AnyDetector
 from ..detect.calibrate import Calibration, read_log
 from ..detect.magnitude import Magnitude
@@ -25,6 +26,7 @@ from ..models.base import Target
 from ..records.schema import Row
 from ..records.store import MEASURES, Run, Writer, write_whole
 from ..records.table import prompt_scores
+from ..stats import require_enough
 from .batch import Examiner, Reference, Sample, batch_size
 from .comparisons import measure
 from .config import AuditConfig
@@ -164,6 +166,7 @@ def _store_controls(run: Run, table: bool) -> None:
         write_whole(run.folder / "controls.json", found.to_json().encode())
 
 
+@within(fpr=RATE, confidence=RATE)
 def calibrate(
     config: AuditConfig,
     *,
@@ -198,6 +201,7 @@ def calibrate(
     # Controls would add prompts that are no sample of ordinary ones.
     config = config.model_copy(update={"controls": [], "measure": None, "captions": None})
     request = Request.of(config, target, detectors)
+    require_enough(len(request.prompts), fpr)  # prompts cost much, and thresholds of too few are none
     run = audit(
         config, target=request.target, detectors=detectors, progress=progress, kind="calibrate", command=command
     )
@@ -220,6 +224,7 @@ def calibrate(
     return run, found
 
 
+@within(fpr=RATE, confidence=RATE)
 def calibrate_on_log(
     config: AuditConfig, log: str | Path, *, fpr: float = 0.01, confidence: float = 0.95, target: Target | None = None
 ) -> tuple[Path, Calibration]:
@@ -239,6 +244,7 @@ def calibrate_on_log(
         UsageError: the log is damaged, of several guards, or of other first steps; or it is too short for the rate.
     """
     found = read_log(log)
+    require_enough(len(found.scores), fpr)
     config = config.model_copy(update={"seeds": 1, "seed_mode": "per-prompt"}).with_window(1)
     target = load(config) if target is None else target
     t = float(target.schedule(config.steps).timesteps[0])

@@ -47,7 +47,7 @@ def with_controls(prompts: PromptSet, controls: Sequence[str]) -> PromptSet:
             notes.append(
                 f"control {control}: {len(asked) - len(new)} of {len(asked)} prompts add no row, because their text is there already"
             )
-    return PromptSet(tuple(made.values()), prompts.source, (*prompts.notes, *notes))
+    return PromptSet(tuple(made.values()), prompts.source, (*prompts.notes, *notes), prompts.taken)
 
 
 def _variants(prompts: PromptSet, control: str) -> list[Prompt]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..bounds import AMOUNT, SIMILARITY
 from ..errors import UsageError
 from . import screen
 from .index import (
@@ -22,6 +23,7 @@ from .index import (
     build_index,
     quiet_pillow,
 )
+from .pairs import number_option
 
 if TYPE_CHECKING:
     from ..records.schema import Thresholds
@@ -36,7 +38,10 @@ def duplicates(
         "runs/duplicates"
     ),
     threshold: Annotated[
-        float | None, _option("Similarity above which two pictures are near-duplicates; default: the descriptor's.")
+        float | None,
+        number_option(
+            SIMILARITY, "Similarity above which two pictures are near-duplicates; default: the descriptor's."
+        ),
     ] = None,
     run: Annotated[
         Path | None, _option("Run folder of an audit of the set's captions: join it with the clusters.")
@@ -47,7 +52,7 @@ def duplicates(
             "JSONL or CSV with file_name (or id) and text (or caption); default: prompt ids of the run are picture ids."
         ),
     ] = None,
-    sheets: Annotated[int, typer.Option(help="Clusters with a contact sheet.")] = 12,
+    sheets: Annotated[int, number_option(AMOUNT, "Clusters with a contact sheet.")] = 12,
     descriptor: DescriptorName = None,
     descriptor_option: DescriptorOption = None,
     column: Column = None,

@@ -9,15 +9,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..bounds import FINITE, GUIDANCE, SEEDS, STEP, STEPS, shown
 from ..errors import UsageError
 from . import screen
 from .opening import bundled_calibration
-from .pairs import LoRA, model_options
+from .pairs import LoRA, model_options, number_option
 from .screen import speaks_unicode as _speaks_unicode
 
 if TYPE_CHECKING:
     from ..explain.edits import Suggestion
     from ..explain.tokens import Explainer, Explanation
+
+LONGEST = 18
+"""Digits of a number that are looked at."""
 
 BAR = 24
 """Characters of the longest bar."""
@@ -35,21 +39,19 @@ def explain(
             "integrated-gradients or leave-one-out."
         ),
     ] = "edit",
-    seeds: Annotated[int, typer.Option(help="Generations.")] = 4,
+    seeds: Annotated[int, number_option(SEEDS, "Generations.")] = 4,
     at: Annotated[
         str,
         typer.Option(help="Steps to look at, counted from 0: 0, 0-9 or 0,10,49. Only the first costs no trajectory."),
     ] = "0",
-    steps: Annotated[int, typer.Option(help="Length of the sampler's schedule.")] = 50,
-    guidance: Annotated[
-        float | None, typer.Option(help="Guidance scale; default: the model's own.", show_default=False)
-    ] = None,
+    steps: Annotated[int, number_option(STEPS, "Length of the sampler's schedule.")] = 50,
+    guidance: Annotated[float | None, number_option(GUIDANCE, "Guidance scale; default: the model's own.")] = None,
     special: Annotated[bool, typer.Option("--special", help="Also show end of text and padding, as one.")] = False,
     suggest: Annotated[
         bool, typer.Option("--suggest", help="Look for the smallest edit that brings the score under the threshold.")
     ] = False,
     threshold: Annotated[
-        float | None, typer.Option(help="What --suggest comes under, without a calibration.", show_default=False)
+        float | None, number_option(FINITE, "What --suggest comes under, without a calibration.")
     ] = None,
     regions: Annotated[
         Path | None,
@@ -78,6 +80,8 @@ def explain(
     Example: mnemoscope explain demo "oncoming police car" --suggest
     """
     looked = read_steps(at)
+    if looked[-1] >= steps:
+        raise UsageError(f"--at names step {looked[-1]}, and the sampler's steps are 0 to {steps - 1}; 0 is the first.")
     screen.say(f"Loading {model} …")  # before torch is imported, which takes its time
     from ..detect.calibrate import Calibration
     from ..explain.tokens import Explainer
@@ -114,11 +118,18 @@ def read_steps(text: str) -> tuple[int, ...]:
         span = re.fullmatch(r"(\d+)(?:-(\d+))?", part)
         if span is None:
             raise UsageError(f"--at {text!r} names no steps; write 0, 0-9 or 0,10,49.")
-        first = int(span[1])
-        found |= set(range(first, int(span[2] or first) + 1))
+        first, last = (_step(digits, text) for digits in (span[1], span[2] or span[1]))
+        found |= set(range(first, last + 1))
     if not found:
         raise UsageError(f"--at {text!r} is an empty range; write the smaller step first, for instance 0-9.")
     return tuple(sorted(found))
+
+
+def _step(digits: str, text: str) -> int:
+    number = int(digits) if len(digits) <= LONGEST else STEP.high + 1
+    if not STEP.admits(number):
+        raise UsageError(f"--at is {shown(text)}; each step is {STEP.words}, and 0 is the first.")
+    return int(number)
 
 
 def bar(share: float) -> str:

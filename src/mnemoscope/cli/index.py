@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 import typer
 
+from ..bounds import COUNT, RATE, WORKERS
 from ..errors import UnknownName
 from ..plugins import document_options
 from . import screen
+from .pairs import number_option, read_pairs
 from .pairs import option as _option
-from .pairs import read_pairs
 
 if TYPE_CHECKING:
     from ..similarity.index import ReferenceIndex
@@ -44,7 +45,7 @@ DescriptorOption = Annotated[
 ]
 Column = Annotated[str | None, _option("Column of a table that holds the pictures; default: the only one that can.")]
 IdColumn = Annotated[str | None, _option("Column of the pictures' ids; default: file and row number.")]
-Workers = Annotated[int | None, _option("Threads that decode; default: one per CPU.")]
+Workers = Annotated[int | None, number_option(WORKERS, "Threads that decode; default: one per CPU.")]
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
 
 
@@ -63,7 +64,7 @@ def build(
     different: Annotated[
         Path | None, _option("Pictures known not to be in the set; they fix the threshold of a copy.")
     ] = None,
-    fmr: Annotated[float, typer.Option(help="With --different: stated false-match rate of a search.")] = 0.01,
+    fmr: Annotated[float, number_option(RATE, "With --different: stated false-match rate of a search.")] = 0.01,
     workers: Workers = None,
     as_json: AsJson = False,
 ) -> None:
@@ -93,7 +94,7 @@ def build(
 def query(
     folder: Folder,
     pictures: Annotated[list[Path], typer.Argument(help="Pictures, or folders of them.")],
-    k: Annotated[int, typer.Option("-k", help="Nearest references of each.")] = 5,
+    k: Annotated[int, number_option(COUNT, "Nearest references of each.", "-k")] = 5,
     workers: Workers = None,
     as_json: AsJson = False,
 ) -> None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..bounds import COUNT, GUIDANCE, RATE, SEED, SEEDS, STEPS
 from ..errors import MnemoscopeError, UsageError
 from ..programs import allow_program
 from ..terminal import guard
@@ -23,7 +24,7 @@ from .measure import keep_known_levels, measure
 from .mitigations import bench_app, redteam
 from .opening import bundled_calibration, reference_set
 from .packet import pack, verify
-from .pairs import LoRA, model_options
+from .pairs import LoRA, model_options, number_option
 from .pairs import option as _option
 from .regions import regions
 from .replay import replay
@@ -68,16 +69,16 @@ Controls = Annotated[
         "--controls",
     ),
 ]
-Seeds = Annotated[int | None, _option("Generations per prompt; default 4.")]
-BaseSeed = Annotated[int | None, _option("Another base gives other starting noises; default 0.")]
+Seeds = Annotated[int | None, number_option(SEEDS, "Generations per prompt; default 4.")]
+BaseSeed = Annotated[int | None, number_option(SEED, "Another base gives other starting noises; default 0.")]
 SeedMode = Annotated[str | None, _option("shared (one bank of noises for all prompts) or per-prompt.")]
 Detectors = Annotated[
     list[str] | None,
     _option("Detector; repeat for several; default magnitude.", "--detectors"),
 ]
-Window = Annotated[int | None, _option("Leading steps that each detector averages over; default 1.")]
-Guidance = Annotated[float | None, _option("Guidance scale; default: the model's own.")]
-Steps = Annotated[int | None, _option("Length of the sampler's schedule; default 50.")]
+Window = Annotated[int | None, number_option(STEPS, "Leading steps that each detector averages over; default 1.")]
+Guidance = Annotated[float | None, number_option(GUIDANCE, "Guidance scale; default: the model's own.")]
+Steps = Annotated[int | None, number_option(STEPS, "Length of the sampler's schedule; default 50.")]
 BatchSize = Annotated[str | None, _option("Samples per batch, or auto.")]
 Images = Annotated[bool | None, _option("Keep the pictures.", "--images/--no-images")]
 Reference = Annotated[
@@ -90,7 +91,7 @@ MeasurePreset = Annotated[str | None, _option("improved, or official (many times
 Dtype = Annotated[str | None, _option("float32, float16 or bfloat16; default: by the device.")]
 Device = Annotated[str | None, _option("cpu, cuda, cuda:1, …")]
 Out = Annotated[Path | None, _option("Where to write.")]
-Limit = Annotated[int | None, _option("Only the first so many prompts.")]
+Limit = Annotated[int | None, number_option(COUNT, "Only the first so many prompts.")]
 Shard = Annotated[str | None, _option("k/m: do share k of m, or env.")]
 MaxErrors = Annotated[
     str | None,
@@ -189,9 +190,9 @@ def demo(
 def check(
     model: Model,
     prompt: Annotated[str, typer.Argument(help="The prompt.")],
-    seeds: Annotated[int, typer.Option(help="Generations.")] = 4,
-    window: Annotated[int, typer.Option(help="Leading steps that the score averages over.")] = 1,
-    steps: Annotated[int, typer.Option(help="Length of the sampler's schedule.")] = 50,
+    seeds: Annotated[int, number_option(SEEDS, "Generations.")] = 4,
+    window: Annotated[int, number_option(STEPS, "Leading steps that the score averages over.")] = 1,
+    steps: Annotated[int, number_option(STEPS, "Length of the sampler's schedule.")] = 50,
     guidance: Guidance = None,
     images: Annotated[
         bool, typer.Option("--images", help="Finish the trajectories and write pictures to --out.")
@@ -209,6 +210,10 @@ def check(
 
     Example: mnemoscope check demo "a red apple" --images
     """
+    if window > steps:
+        raise UsageError(
+            f"--window {window} is more than the --steps {steps} that there are; make one of them fit the other."
+        )
     screen.say(f"Loading {model} …")  # before torch is imported, which takes its time
     from ..audit.check import check as check_prompt
     from ..detect.calibrate import Calibration
@@ -329,7 +334,7 @@ def calibrate(
     ] = None,
     prompts: Prompts = None,
     column: Column = None,
-    fpr: Annotated[float, typer.Option(help="Stated false-positive rate of the threshold.")] = 0.01,
+    fpr: Annotated[float, number_option(RATE, "Stated false-positive rate of the threshold.")] = 0.01,
     detectors: Detectors = None,
     window: Window = None,
     seeds: Seeds = None,
@@ -380,11 +385,11 @@ def calibrate(
         _show_thresholds({"magnitude": made}, where, as_json=as_json, traffic=True)
         return
     if dry_run:
-        _show_plan(settings, as_json=as_json)
+        _show_plan(settings, fpr, as_json=as_json)
         return
     if fresh:
         settings = _fresh(settings)
-    target = _load(settings)
+    target = _load(settings, fpr)
     with screen.stoppable(), screen.progress("calibrate") as progress:
         run, found = run_calibration(
             settings, fpr=fpr, target=target, progress=progress, command=screen.command(), unlabelled=unlabelled
@@ -590,16 +595,21 @@ def _number(text: str) -> int | float | str:
     return text
 
 
-def _load(settings: AuditConfig) -> Target:
-    from ..audit.request import choose_detectors, read_prompts_for
+def _load(settings: AuditConfig, fpr: float | None = None) -> Target:
+    """The model, once everything that is known without it is; with the rate of a threshold also that there are prompts enough for it."""
+    from ..audit.request import require_known
     from ..audit.run import load
     from ..audit.stored import asked
+    from ..stats import require_enough
 
     # What is cheap to refuse is refused before gigabytes are read.
-    choose_detectors(settings)
+    prompts = require_known(settings)
     asked(settings)
-    if settings.prompts is not None:
-        read_prompts_for(settings)
+    if prompts is not None:
+        if fpr is not None:
+            require_enough(len(prompts), fpr)
+        for line in (*prompts.taken, *prompts.notes):
+            screen.say(line)
     target = load(settings)
     screen.say_target(target)
     return target
@@ -624,15 +634,15 @@ def _show_run(summary: Summary, where: str, *, as_json: bool) -> None:
         screen.show(where)
 
 
-def _show_plan(settings: AuditConfig, *, as_json: bool) -> None:
+def _show_plan(settings: AuditConfig, fpr: float | None = None, *, as_json: bool) -> None:
     """What it would cost; time is measured on the model if it can be loaded."""
     import yaml
 
-    from ..audit.request import Request
+    from ..audit.request import require_possible
     from ..audit.run import measure_speed, plan
 
-    target = _load(settings)
-    Request.of(settings, target, reference=_reference(settings))  # refuses what the run would refuse
+    target = _load(settings, fpr)
+    require_possible(settings, target, _reference(settings))
     cost = plan(settings, target=target, seconds_per_forward=measure_speed(settings, target))
     if as_json:
         screen.show_json({"settings": settings.stored(), "plan": asdict(cost)})

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ..bounds import AMOUNT, COUNT, LEAST_SIMILARITY, PART, SCALE, STEPS, shown
 from ..errors import UsageError
 from ..plugins import BUNDLED
 from . import screen
-from .pairs import LoRA, model_options
+from .pairs import LoRA, model_options, number_option
 
 if TYPE_CHECKING:
     from ..audit.companions import Screen, Values
@@ -44,23 +45,19 @@ def measure(
     preset: Annotated[
         str, typer.Option(help="improved, or official (the authors' settings; many times slower).")
     ] = "improved",
-    updates: Annotated[
-        int | None, typer.Option(help="Budget of updates; default: the preset's.", show_default=False)
-    ] = None,
+    updates: Annotated[int | None, number_option(COUNT, "Budget of updates; default: the preset's.")] = None,
     scales: Annotated[
         str | None,
         typer.Option(
             help="Guidance scales that are tried, for instance 1,3,7; default: the preset's.", show_default=False
         ),
     ] = None,
-    steps: Annotated[
-        int | None, typer.Option(help="Steps of the sampler in tests; default: the preset's.", show_default=False)
-    ] = None,
+    steps: Annotated[int | None, number_option(STEPS, "Steps of the sampler in tests; default: the preset's.")] = None,
     descriptor: Annotated[str, typer.Option(help="What says how similar two pictures are.")] = "fingerprint",
     beta: Annotated[
         float | None,
-        typer.Option(
-            help="Similarity from which a draw is the picture; needed for models other than 'demo'.", show_default=False
+        number_option(
+            LEAST_SIMILARITY, "Similarity from which a draw is the picture; needed for models other than 'demo'."
         ),
     ] = None,
     companions: Annotated[
@@ -85,22 +82,18 @@ def measure(
     ] = None,
     screen_share: Annotated[
         float | None,
-        typer.Option(
-            "--screen-share",
-            help=f"Share of the pictures that --screen lets through; default {SHARE:g}.",
-            show_default=False,
-        ),
+        number_option(PART, f"Share of the pictures that --screen lets through; default {SHARE:g}.", "--screen-share"),
     ] = None,
     screen_check: Annotated[
         int | None,
-        typer.Option(
-            "--screen-check",
-            help="How many of those left out are measured by chance, to see what the screen misses; default one in ten, at most "
+        number_option(
+            AMOUNT,
+            "How many of those left out are measured by chance, to see what the screen misses; default one in ten, at most "
             f"{MOST_CHECKED}.",
-            show_default=False,
+            "--screen-check",
         ),
     ] = None,
-    batch_size: Annotated[int, typer.Option(help="Pictures at a time.")] = 8,
+    batch_size: Annotated[int, number_option(COUNT, "Pictures at a time.")] = 8,
     out: Annotated[Path, typer.Option(help="Where results are kept; the same command continues.")] = Path(
         "mnemoscope-runs/measure"
     ),
@@ -140,7 +133,8 @@ def measure(
     from ..audit.companions import Screen, compared
     from ..audit.measures import Picture, measured, pictures_in
     from ..measure.base import build as measure_of
-    from ..measure.invmm import InvMM, varied
+    from ..measure.invmm import FAMILIES, InvMM, varied
+    from ..measure.invmm import preset as preset_of
     from ..models.load import load
     from ..report.measured_page import write_report
     from ..similarity.base import build
@@ -150,6 +144,9 @@ def measure(
     if only and not cheap:
         raise UsageError("--only names no measure; write for instance --only flipd (`mnemoscope ls measures`).")
     chosen_by = Screen(measure_of(screen_by), SHARE if screen_share is None else screen_share) if screen_by else None
+    if not only:
+        preset_of(preset, next(iter(FAMILIES)))
+    alike = None if only else build(descriptor)
     pictures = pictures_in(images, captions)
     if chosen_by is not None:
         left_out = len(pictures) - chosen_by.keeps(len(pictures))
@@ -159,7 +156,7 @@ def measure(
         pictures = [Picture(p.file, caption) for p in pictures]
     target = load(model, dtype=dtype, device=device, **model_options(model_option, lora))
     screen.say_target(target)
-    if only:
+    if alike is None:
         with screen.stoppable():
             values = compared(cheap, target, pictures, out, batch_size=batch_size, progress=_compared)
         _show_values(cheap, pictures, values, as_json=as_json)
@@ -169,7 +166,7 @@ def measure(
 
         beta = World(BUNDLED[model]).same_picture
     chosen = varied(target, preset, updates=updates, steps=steps, scales=tried)
-    method = InvMM(target, build(descriptor), chosen, beta=beta)
+    method = InvMM(target, alike, chosen, beta=beta)
     screen.say(f"{len(pictures)} pictures, preset {chosen.name}, at most {chosen.updates} updates each; kept in {out}")
     with screen.stoppable():
         found = measured(
@@ -277,8 +274,8 @@ def _scales(text: str | None) -> tuple[float, ...] | None:
         found = tuple(float(part) for part in text.split(","))
     except ValueError:
         found = ()
-    if not found or min(found) < 1:
-        raise UsageError(f"--scales {text!r}: write guidance scales of 1 or more, for instance 1,3,7.")
+    if not found or not all(map(SCALE.admits, found)):
+        raise UsageError(f"--scales is {shown(text)}; write guidance scales, each {SCALE.words}, for instance 1,3,7.")
     return found
 
 

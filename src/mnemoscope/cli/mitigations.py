@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..bounds import AMOUNT, COUNT, SEEDS, SIMILARITY, STEPS
 from ..errors import UsageError
 from . import screen
-from .pairs import model_options, read_pairs
+from .pairs import model_options, number_option, read_pairs
 
 if TYPE_CHECKING:
     from ..audit.redteam import RedTeam
@@ -36,13 +37,13 @@ def mitigations(
         list[str] | None,
         typer.Option("--method", help="Mitigation; repeat for several; default: all.", show_default=False),
     ] = None,
-    seeds: Annotated[int, typer.Option(help="Generations of each caption.")] = 4,
-    steps: Annotated[int, typer.Option(help="Length of the sampler's schedule.")] = 50,
+    seeds: Annotated[int, number_option(SEEDS, "Generations of each caption.")] = 4,
+    steps: Annotated[int, number_option(STEPS, "Length of the sampler's schedule.")] = 50,
     per_group: Annotated[
-        int, typer.Option(help="Captions of the most repeated pictures; half as many of each other group.")
+        int, number_option(COUNT, "Captions of the most repeated pictures; half as many of each other group.")
     ] = 24,
-    attack_seeds: Annotated[int, typer.Option(help="Generations of each attacked picture; 0: no attack.")] = 2,
-    batch_size: Annotated[int, typer.Option(help="Samples per batch.")] = 32,
+    attack_seeds: Annotated[int, number_option(AMOUNT, "Generations of each attacked picture; 0: no attack.")] = 2,
+    batch_size: Annotated[int, number_option(COUNT, "Samples per batch.")] = 32,
     out: Annotated[Path, typer.Option(help="Where results are kept; the same command continues.")] = Path(
         "mnemoscope-runs/mitigations"
     ),
@@ -53,13 +54,13 @@ def mitigations(
 
     Example: mnemoscope bench mitigations --method prompt --method delayed-guidance --seeds 2
     """
-    for name, value in (("seeds", seeds), ("steps", steps), ("per-group", per_group), ("batch-size", batch_size)):
-        if value < 1:
-            raise UsageError(f"--{name} {value}: use at least 1.")
     screen.say("Loading demo …")
+    from .. import plugins
     from ..demo.mitigations import compare
     from ..models.load import load
 
+    for name in methods or ():
+        plugins.find("mitigation", name)
     target = load("demo", device=device)
     screen.say_target(target)
     with screen.stoppable(), screen.progress("mitigations") as show:
@@ -101,14 +102,12 @@ def redteam(
     ] = None,
     copy_threshold: Annotated[
         float | None,
-        typer.Option(
-            help="Similarity of the fingerprint above which a picture is a copy. Not for 'demo'.", show_default=False
-        ),
+        number_option(SIMILARITY, "Similarity of the fingerprint above which a picture is a copy. Not for 'demo'."),
     ] = None,
-    seeds: Annotated[int, typer.Option(help="Generations of each picture.")] = 2,
-    steps: Annotated[int, typer.Option(help="Length of the sampler's schedule.")] = 50,
-    per_group: Annotated[int, typer.Option(help="Pictures of the bundled world, as many controls.")] = 24,
-    batch_size: Annotated[int, typer.Option(help="Samples per batch.")] = 32,
+    seeds: Annotated[int, number_option(SEEDS, "Generations of each picture.")] = 2,
+    steps: Annotated[int, number_option(STEPS, "Length of the sampler's schedule.")] = 50,
+    per_group: Annotated[int, number_option(COUNT, "Pictures of the bundled world, as many controls.")] = 24,
+    batch_size: Annotated[int, number_option(COUNT, "Samples per batch.")] = 32,
     dtype: Annotated[
         str | None, typer.Option(help="float32, float16 or bfloat16; default: by the device.", show_default=False)
     ] = None,
@@ -130,8 +129,12 @@ def redteam(
         raise UsageError("Name the pictures with --pairs FILE: JSONL, a line for each with image, caption and control.")
     given = read_pictures(pairs, copy_threshold) if pairs is not None else None
     screen.say(f"Loading {model} …")
+    from ..mitigate.base import build
     from ..models.load import load
 
+    for name in names:
+        if name != "none":
+            build(name, options)
     target = load(model, dtype=dtype, device=device, **model_options(model_option))
     screen.say_target(target)
     team = _team(target, given, copy_threshold, seeds=seeds, steps=steps, per_group=per_group, batch_size=batch_size)

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from .. import redaction
+from ..bounds import Bound, shown
 from ..errors import UsageError
 from ..parsing import ParseError, parse_yaml
 
@@ -15,6 +16,29 @@ from ..parsing import ParseError, parse_yaml
 def option(text: str, *names: str) -> Any:
     """An option whose default is the configuration's, not the command line's."""
     return typer.Option(*names, help=text, show_default=False)
+
+
+def number_option(bound: Bound, text: str, *names: str) -> Any:
+    """An option that takes a number within a bound; whatever else is given is refused before the command begins."""
+
+    def read(given: Any) -> Any:
+        value = _number(given, bound)
+        if not bound.admits(value):
+            raise typer.BadParameter(f"it is {shown(given)}, and must be {bound.words}.")
+        return value
+
+    read.bound = bound  # type: ignore[attr-defined]
+    return typer.Option(*names, help=text, parser=read, metavar="<int>" if bound.whole else "<float>")
+
+
+def _number(given: Any, bound: Bound) -> Any:
+    """The number that a text is; whatever else is given, as it is."""
+    if not isinstance(given, str):
+        return given
+    try:
+        return int(given) if bound.whole else float(given)
+    except ValueError:
+        return given
 
 
 LoRA = Annotated[

@@ -8,14 +8,15 @@ from typing import Annotated
 
 import typer
 
+from ..bounds import COUNT
 from ..errors import UsageError
 from . import screen
-from .pairs import model_options
+from .pairs import model_options, number_option
 
 
 def regions(
     run: Annotated[Path, typer.Argument(help="Run folder of an audit.")],
-    top: Annotated[int, typer.Option(help="How many of the worst prompts.", min=1)] = 8,
+    top: Annotated[int, number_option(COUNT, "How many of the worst prompts.")] = 8,
     kind: Annotated[str, typer.Option(help="curvature, score or attention.")] = "curvature",
     model: Annotated[
         str | None, typer.Option(help="The model, unless the run was made with a bundled one.", show_default=False)

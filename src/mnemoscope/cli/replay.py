@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..bounds import COUNT, DIFFERENCE, SEED
 from . import screen
 from .opening import reference_set
-from .pairs import read_pairs
+from .pairs import number_option, read_pairs
 
 if TYPE_CHECKING:
     from ..audit.replay import Evidence, Replayed, Sampled
@@ -30,8 +31,8 @@ def replay(
             help="Ids of samples, or of prompts: all of their seeds. None: a random draw.", show_default=False
         ),
     ] = None,
-    sample: Annotated[int, typer.Option(min=1, help="How many samples are drawn when no id is given.")] = 8,
-    seed: Annotated[int, typer.Option(help="Of the draw.")] = 0,
+    sample: Annotated[int, number_option(COUNT, "How many samples are drawn when no id is given.")] = 8,
+    seed: Annotated[int, number_option(SEED, "Of the draw.")] = 0,
     everything: Annotated[bool, typer.Option("--all", help="All samples.")] = False,
     model: Annotated[
         str | None, typer.Option(help="The model, unless the run was made with a bundled one.", show_default=False)
@@ -50,11 +51,9 @@ def replay(
     ] = None,
     tolerance: Annotated[
         float | None,
-        typer.Option(help="Relative tolerance; default: the rounding of scores in this precision.", show_default=False),
+        number_option(DIFFERENCE, "Relative tolerance; default: the rounding of scores in this precision."),
     ] = None,
-    batch_size: Annotated[
-        int | None, typer.Option(min=1, help="Samples per batch; default: that of the run.", show_default=False)
-    ] = None,
+    batch_size: Annotated[int | None, number_option(COUNT, "Samples per batch; default: that of the run.")] = None,
     dtype: Annotated[str | None, typer.Option(help="Default: the recorded one.", show_default=False)] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, …", show_default=False)] = None,
     out: Annotated[Path | None, typer.Option(help="JSON file to write the result to.", show_default=False)] = None,

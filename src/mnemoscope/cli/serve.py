@@ -13,9 +13,11 @@ from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
 
+from .. import bounds
+from ..bounds import AMOUNT, COUNT, FINITE, POSITIVE, SERVED_GUIDANCE, SIDE, STEPS
 from ..errors import UnknownName, UsageError
 from . import output, screen
-from .pairs import model_options
+from .pairs import model_options, number_option
 from .view import address, bound
 
 if TYPE_CHECKING:
@@ -61,27 +63,23 @@ def serve(
     ] = None,
     steps: Annotated[
         int | None,
-        typer.Option(
-            help="Sampler steps where a request says nothing; default: 50, or as calibrated.", show_default=False
-        ),
+        number_option(STEPS, "Sampler steps where a request says nothing; default: 50, or as calibrated."),
     ] = None,
     guidance: Annotated[
         float | None,
-        typer.Option(help="The same for the guidance scale; default: the model's own.", show_default=False),
+        number_option(SERVED_GUIDANCE, "The same for the guidance scale; default: the model's own."),
     ] = None,
-    max_steps: Annotated[int, typer.Option(help="Most sampler steps of a request.", min=1)] = 100,
+    max_steps: Annotated[int, number_option(STEPS, "Most sampler steps of a request.")] = 100,
     max_size: Annotated[
         int | None,
-        typer.Option(
-            help="Longest side in pixels; default: twice what the model was trained at.", min=8, show_default=False
-        ),
+        number_option(SIDE, "Longest side in pixels; default: twice what the model was trained at."),
     ] = None,
-    max_n: Annotated[int, typer.Option(help="Most pictures of a request, which are drawn together.", min=1)] = 4,
-    max_prompt: Annotated[int, typer.Option(help="Most characters of a prompt.", min=1)] = 4000,
-    queue: Annotated[int, typer.Option(help="How many requests may wait; more are told to come back.", min=0)] = 16,
-    timeout: Annotated[float, typer.Option(help="Seconds that a request may take, waiting included.")] = 300.0,
+    max_n: Annotated[int, number_option(COUNT, "Most pictures of a request, which are drawn together.")] = 4,
+    max_prompt: Annotated[int, number_option(COUNT, "Most characters of a prompt.")] = 4000,
+    queue: Annotated[int, number_option(AMOUNT, "How many requests may wait; more are told to come back.")] = 16,
+    timeout: Annotated[float, number_option(POSITIVE, "Seconds that a request may take, waiting included.")] = 300.0,
     grace: Annotated[
-        int, typer.Option(help="Seconds that what is drawn may still take when the server is ended.", min=0)
+        int, number_option(AMOUNT, "Seconds that what is drawn may still take when the server is ended.")
     ] = 30,
     dtype: Annotated[
         str | None, typer.Option(help="float32, float16 or bfloat16; default: by the device.", show_default=False)
@@ -91,7 +89,7 @@ def serve(
         list[str] | None, typer.Option(help="name=value handed to the loader; repeatable.", show_default=False)
     ] = None,
     host: Annotated[str, typer.Option(help="Where to listen; other than this machine needs a key.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="0 takes a free one.", min=0, max=65535)] = PORT,
+    port: Annotated[int, number_option(bounds.PORT, "0 takes a free one.")] = PORT,
     api_key_file: Annotated[
         Path | None, typer.Option(help=f"File with the key that callers must send; or set {KEY}.", show_default=False)
     ] = None,
@@ -117,6 +115,9 @@ def serve(
         raise UsageError(f"--on-hit {on_hit} needs --thresholds: without them nothing is a hit.")
     if log_prompts and log is None:
         raise UsageError("--log-prompts needs --log: name the file that they should be written to.")
+    if steps is not None and steps > max_steps:
+        raise UsageError(f"--steps {steps} is more than --max-steps {max_steps}; make one of them fit the other.")
+    _threshold(thresholds)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # what uvicorn ends with when it was told to end
     with ExitStack() as stack:
         listening = stack.enter_context(bound(host, port))
@@ -239,12 +240,17 @@ def _bundled(target: Target) -> Calibration | None:
 
 
 def _threshold(text: str | None) -> float | Path:
-    """A number or a file; without either, what no score exceeds."""
+    """A number or a file; without either, what no score exceeds.
+
+    Raises:
+        UsageError: no threshold is so large or so small, or none at all.
+    """
     from ..serve.schema import NEVER
 
     if text is None:
         return NEVER
     try:
-        return float(text)
+        number = float(text)
     except ValueError:
         return Path(text)
+    return float(FINITE.judge("--thresholds", number))

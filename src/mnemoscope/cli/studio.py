@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from .. import bounds
+from ..bounds import GUIDANCE, SEEDS, STEPS
 from ..errors import UsageError
 from . import output, screen
 from .opening import bundled_calibration, reference_set
-from .pairs import model_options
+from .pairs import model_options, number_option
 from .view import address, bound
 
 if TYPE_CHECKING:
@@ -38,11 +40,9 @@ def studio(
         Path | None,
         typer.Option(help="Reference set of `mnemoscope index build`, to look for copies in.", show_default=False),
     ] = None,
-    seeds: Annotated[int, typer.Option(help="Pictures of a prompt, and what its score averages over.", min=1)] = 4,
-    steps: Annotated[int, typer.Option(help="Length of the sampler's schedule.")] = 50,
-    guidance: Annotated[
-        float | None, typer.Option(help="Guidance scale; default: the model's own.", show_default=False)
-    ] = None,
+    seeds: Annotated[int, number_option(SEEDS, "Pictures of a prompt, and what its score averages over.")] = 4,
+    steps: Annotated[int, number_option(STEPS, "Length of the sampler's schedule.")] = 50,
+    guidance: Annotated[float | None, number_option(GUIDANCE, "Guidance scale; default: the model's own.")] = None,
     out: Annotated[Path, typer.Option(help="Where exported sessions are written.")] = Path("runs"),
     dtype: Annotated[
         str | None, typer.Option(help="float32, float16 or bfloat16; default: by the device.", show_default=False)
@@ -52,7 +52,7 @@ def studio(
         list[str] | None, typer.Option(help="name=value handed to the loader; repeatable.", show_default=False)
     ] = None,
     host: Annotated[str, typer.Option(help="Where to listen; other than this machine needs a token.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="0 takes a free one.", min=0, max=65535)] = PORT,
+    port: Annotated[int, number_option(bounds.PORT, "0 takes a free one.")] = PORT,
     token: Annotated[
         str | None,
         typer.Option(

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..bounds import AMOUNT, COUNT, FACTOR, POSITIVE, RATE, REST, SEED, SIDE, SIMILARITY, SIZE
 from ..errors import UsageError
 from ..parsing import json_lines
 from ..records.files import open_regular
 from . import screen
-from .pairs import model_options
+from .pairs import model_options, number_option
 from .pairs import option as _option
 
 if TYPE_CHECKING:
@@ -35,20 +36,23 @@ def train(
     out: Annotated[Path, typer.Option(help="Where everything is written; the same command continues.")] = Path(
         "runs/train"
     ),
-    steps: Annotated[int | None, _option("Steps of the optimizer; default 1000.")] = None,
-    batch_size: Annotated[int | None, _option("Pictures per pass of one process; default 4.")] = None,
-    accumulate: Annotated[int | None, _option("Passes whose gradients make one step; default 1.")] = None,
-    lr: Annotated[float | None, _option("Learning rate; default 1e-4 with --lora, 1e-5 without.")] = None,
+    steps: Annotated[int | None, number_option(COUNT, "Steps of the optimizer; default 1000.")] = None,
+    batch_size: Annotated[int | None, number_option(COUNT, "Pictures per pass of one process; default 4.")] = None,
+    accumulate: Annotated[int | None, number_option(COUNT, "Passes whose gradients make one step; default 1.")] = None,
+    lr: Annotated[
+        float | None, number_option(POSITIVE, "Learning rate; default 1e-4 with --lora, 1e-5 without.")
+    ] = None,
     schedule: Annotated[str | None, _option("constant (default), linear or cosine.")] = None,
-    warmup: Annotated[int | None, _option("Steps over which the learning rate rises.")] = None,
-    lora: Annotated[int | None, _option("Rank of a LoRA; default: the whole UNet is trained.")] = None,
-    resolution: Annotated[int | None, _option("Side in pixels; default: the model's own.")] = None,
+    warmup: Annotated[int | None, number_option(AMOUNT, "Steps over which the learning rate rises.")] = None,
+    lora: Annotated[int | None, number_option(COUNT, "Rank of a LoRA; default: the whole UNet is trained.")] = None,
+    resolution: Annotated[int | None, number_option(SIDE, "Side in pixels; default: the model's own.")] = None,
     flip: Annotated[bool | None, _option("Mirror half of the visits.", "--flip/--no-flip")] = None,
     min_side: Annotated[
-        int | None, _option("Leave out pictures with a shorter side than this; default: the resolution.")
+        int | None, number_option(COUNT, "Leave out pictures with a shorter side than this; default: the resolution.")
     ] = None,
     max_aspect: Annotated[
-        float | None, _option("Leave out pictures that are longer than this many times their width; default 3.")
+        float | None,
+        number_option(FACTOR, "Leave out pictures that are longer than this many times their width; default 3."),
     ] = None,
     ema: Annotated[bool | None, _option("Save a moving average of the weights.", "--ema/--no-ema")] = None,
     mixed_precision: Annotated[str | None, _option("no (default), fp16 or bf16.")] = None,
@@ -56,20 +60,22 @@ def train(
         bool | None, _option("Less memory, more time.", "--gradient-checkpointing/--no-gradient-checkpointing")
     ] = None,
     caption_dropout: Annotated[
-        float | None, _option("Share of visits with the empty prompt, for guidance; default 0.")
+        float | None, number_option(REST, "Share of visits with the empty prompt, for guidance; default 0.")
     ] = None,
-    snr_gamma: Annotated[float | None, _option("γ of Min-SNR weights, for instance 5; default: none.")] = None,
-    seed: Annotated[int | None, _option("Of all draws; default 0.")] = None,
+    snr_gamma: Annotated[
+        float | None, number_option(POSITIVE, "γ of Min-SNR weights, for instance 5; default: none.")
+    ] = None,
+    seed: Annotated[int | None, number_option(SEED, "Of all draws; default 0.")] = None,
     filter: Annotated[
         str | None, _option("Leave memorized samples out of the loss: a threshold, auto, or a tau.json.")
     ] = None,
     filter_drop: Annotated[
-        float | None, _option("Share of clean samples that an automatic filter may drop; default 0.05.")
+        float | None, number_option(RATE, "Share of clean samples that an automatic filter may drop; default 0.05.")
     ] = None,
     clean: Annotated[
         Path | None, _option("Captioned pictures known to be clean; default: a part of DATA is held out.")
     ] = None,
-    heldout: Annotated[float | None, _option("How large a part; default 0.1.")] = None,
+    heldout: Annotated[float | None, number_option(RATE, "How large a part; default 0.1.")] = None,
     running_scores: Annotated[
         str | None, _option("Keep a record of every picture: flag, down-weight or drop those that stand out.")
     ] = None,
@@ -79,14 +85,17 @@ def train(
             "Change captions at every visit: random-tokens, replaced-tokens, random-numbers, repeated-words or embedding-noise."
         ),
     ] = None,
-    augment_count: Annotated[int | None, _option("Words that are changed; default 4.")] = None,
-    augment_scale: Annotated[float | None, _option("λ of embedding-noise; default 0.1.")] = None,
+    augment_count: Annotated[int | None, number_option(COUNT, "Words that are changed; default 4.")] = None,
+    augment_scale: Annotated[float | None, number_option(POSITIVE, "λ of embedding-noise; default 0.1.")] = None,
     canaries: Annotated[
         str | None, _option("Plant pictures of DATA: copies:number, for instance 0:20,1:20,16:20,64:20.")
     ] = None,
-    canaries_every: Annotated[int | None, _option("Steps between looks at them; default --save-every.")] = None,
+    canaries_every: Annotated[
+        int | None, number_option(COUNT, "Steps between looks at them; default --save-every.")
+    ] = None,
     canary_threshold: Annotated[
-        float | None, _option("Similarity of a copy; with it pictures are made, and copies end the training.")
+        float | None,
+        number_option(SIMILARITY, "Similarity of a copy; with it pictures are made, and copies end the training."),
     ] = None,
     canary_screen: Annotated[
         str | None, _option("A cheap measure of how strongly each is stored, for instance denoising-loss.")
@@ -95,16 +104,16 @@ def train(
         str | None, _option("Near-duplicates: off (default), drop all but one, or merge their captions.")
     ] = None,
     dedupe_threshold: Annotated[
-        float | None, _option("Similarity of near-duplicates; default: the descriptor's.")
+        float | None, number_option(SIMILARITY, "Similarity of near-duplicates; default: the descriptor's.")
     ] = None,
     descriptor: Annotated[str | None, _option("What says how similar two pictures are; default fingerprint.")] = None,
-    save_every: Annotated[int | None, _option("Steps between checkpoints; default 500.")] = None,
-    keep: Annotated[int | None, _option("Checkpoints that are kept; default 2.")] = None,
-    log_every: Annotated[int | None, _option("Steps between lines of progress; default 10.")] = None,
+    save_every: Annotated[int | None, number_option(COUNT, "Steps between checkpoints; default 500.")] = None,
+    keep: Annotated[int | None, number_option(COUNT, "Checkpoints that are kept; default 2.")] = None,
+    log_every: Annotated[int | None, number_option(COUNT, "Steps between lines of progress; default 10.")] = None,
     validation_prompts: Annotated[
         list[str] | None, _option("Draw and score this prompt while training; repeatable.", "--validation-prompt")
     ] = None,
-    validate_every: Annotated[int | None, _option("Steps between these; default --save-every.")] = None,
+    validate_every: Annotated[int | None, number_option(COUNT, "Steps between these; default --save-every.")] = None,
     tracker: Annotated[str | None, _option("tensorboard, wandb, mlflow, …: where losses go too.")] = None,
     caption_column: Annotated[
         str | None, _option("Column or key of the caption; default: text, caption or prompt.")
@@ -112,7 +121,7 @@ def train(
     image_column: Annotated[str | None, _option("Column of the pictures; default: the only one that can.")] = None,
     strict: Annotated[bool | None, _option("Refuse data with any fault.", "--strict/--no-strict")] = None,
     cache_gigabytes: Annotated[
-        float | None, _option("Memory for latents and captions; default 8. More latents go to a file.")
+        float | None, number_option(SIZE, "Memory for latents and captions; default 8. More latents go to a file.")
     ] = None,
     device: Annotated[str | None, _option("cpu; default: what accelerate chooses.")] = None,
     model_option: Annotated[

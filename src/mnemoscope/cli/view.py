@@ -10,8 +10,10 @@ from typing import Annotated
 
 import typer
 
+from .. import bounds
 from ..errors import UsageError
 from . import screen
+from .pairs import number_option
 
 PORT = 7347
 
@@ -19,7 +21,7 @@ PORT = 7347
 def view(
     folder: Annotated[Path, typer.Argument(help="A run folder, or a folder that holds runs.")] = Path("runs"),
     host: Annotated[str, typer.Option(help="Where to listen; other than this machine needs a token.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="0 takes a free one.", min=0, max=65535)] = PORT,
+    port: Annotated[int, number_option(bounds.PORT, "0 takes a free one.")] = PORT,
     token: Annotated[
         str | None,
         typer.Option(

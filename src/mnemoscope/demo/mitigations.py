@@ -12,6 +12,7 @@ import torch
 from .. import plugins
 from ..audit.mitigations import Protocol
 from ..audit.redteam import RedTeam
+from ..bounds import AMOUNT, COUNT, SEEDS, STEPS, within
 from ..detect.magnitude import per_dimension
 from ..errors import CannotAudit
 from ..models.base import Target
@@ -66,6 +67,7 @@ def protocol(
     )  # fmt: skip
 
 
+@within(seeds=SEEDS, steps=STEPS, per_group=COUNT, batch_size=COUNT)
 def red_team(
     target: Target, *, seeds: int = 2, steps: int = 50, per_group: int = PER_GROUP, batch_size: int = 32
 ) -> RedTeam:
@@ -100,6 +102,7 @@ def _targets(run: Protocol) -> list[float]:
     return [round(v, 2) for v in at.tolist()]
 
 
+@within(seeds=SEEDS, steps=STEPS, per_group=COUNT, batch_size=COUNT, attack_seeds=AMOUNT)
 def compare(
     target: Target, folder: str | Path, methods: Sequence[str] | None = None, *, seeds: int = 4, steps: int = 50,
     per_group: int = PER_GROUP, batch_size: int = 32, attack_seeds: int = 2,

@@ -18,6 +18,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ..bounds import STEP, STEPS
 from ..errors import CannotAudit, UsageError
 from ..models.base import Condition, Target
 from ..types import Latents, PerSample, Step, precise
@@ -111,8 +112,9 @@ class Magnitude:
     higher_is_more_memorized = True
 
     def __init__(self, steps: int | tuple[int, int] = 1):
-        window = (0, steps) if isinstance(steps, int) else (int(steps[0]), int(steps[1]))
-        if not 0 <= window[0] < window[1]:
+        start, stop = steps if isinstance(steps, (list, tuple)) and len(steps) == 2 else (0, steps)
+        window = (STEP.judge("the first step of the window", start), STEPS.judge("steps", stop))
+        if not window[0] < window[1]:
             raise UsageError(
                 f"magnitude: steps={steps!r} is an empty window; use 1 for the first step, or (start, stop)."
             )

@@ -12,6 +12,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
+from ..bounds import AMOUNT, COUNT, FINITE, within
 from ..errors import UsageError
 from ..models.base import Target, Vocabulary
 from .tokens import DEFAULT, Explainer, Explanation
@@ -108,6 +109,7 @@ class Suggestion:
         }  # fmt: skip
 
 
+@within(threshold=FINITE, most_edits=COUNT, most_words=COUNT, neighbors=AMOUNT)
 def suggest(
     run: Explainer,
     explained: Explanation,

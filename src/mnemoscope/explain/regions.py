@@ -19,6 +19,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+from ..bounds import COUNT, GUIDANCE, SEED, STEPS, seed_numbers, within
 from ..errors import CannotAudit, ModelFault, UnknownName, UsageError
 from ..models.base import AttendsToEnd, Condition, Target, mix, noise_from_seeds
 from ..models.sampling import denoise
@@ -103,6 +104,7 @@ class Regions:
         return overlay(self).html()
 
 
+@within(steps=STEPS, guidance=GUIDANCE, probes=COUNT, base_seed=SEED)
 def regions(
     target: Target,
     prompt: str,
@@ -136,7 +138,7 @@ def regions(
         UsageError: no seed, or a step that the schedule does not have.
         ModelFault: the model predicted NaN.
     """
-    chosen = tuple(range(seeds)) if isinstance(seeds, int) else tuple(seeds)
+    chosen = seed_numbers(seeds)
     looked = (steps - 1,) if at is None else (at,) if isinstance(at, int) else tuple(sorted(set(at)))
     _refuse(target, kind, chosen, looked, steps, probes)
     before = target.forwards

@@ -33,6 +33,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ..bounds import COUNT, GUIDANCE, SEED, STEP, STEPS, seed_numbers, within
 from ..detect.calibrate import Calibration, setting_of
 from ..detect.magnitude import TokenGradients, gradient, magnitude
 from ..errors import CannotAudit, ModelFault, UnknownName, UsageError
@@ -342,6 +343,7 @@ class Explainer:
         UsageError: no seed, or a step that the schedule does not have.
     """
 
+    @within(steps=STEPS, guidance=GUIDANCE, base_seed=SEED, batch_size=COUNT)
     def __init__(
         self,
         target: Target,
@@ -355,8 +357,10 @@ class Explainer:
     ):
         self.target, self.steps, self.base_seed = target, steps, base_seed
         self.guidance = target.guidance if guidance is None else guidance
-        self.seeds = tuple(range(seeds)) if isinstance(seeds, int) else tuple(seeds)
-        self.at = (at,) if isinstance(at, int) else tuple(sorted(set(at)))
+        self.seeds = seed_numbers(seeds)
+        self.at = tuple(
+            STEP.judge("a step to look at", step) for step in ((at,) if isinstance(at, int) else sorted(set(at)))
+        )
         if not self.seeds:
             raise UsageError("an explanation needs at least one seed; give seeds=4, for instance.")
         if not self.at or self.at[0] < 0 or self.at[-1] >= steps:

@@ -23,7 +23,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from ..errors import UsageError
+from ..bounds import COUNT, RATE, TIMES, within
 from ..models.base import Condition, Target
 from ..models.noising import levels, split
 from ..types import Latents, PerSample, precise
@@ -75,12 +75,8 @@ class CriticalNoise:
     needs = frozenset({"times"})
     backwards = 0
 
+    @within(iterations=COUNT, radius=RATE, levels=TIMES)
     def __init__(self, iterations: int = 16, radius: float = 0.5, levels: int = 31):
-        if iterations < 1 or not 0 < radius < 1 or not 1 <= levels < STEPS:
-            raise UsageError(
-                f"iterations={iterations}, radius={radius:g}, levels={levels}: use an iteration or more, a radius between 0 and 1, "
-                f"and 1 to {STEPS - 1} levels."
-            )
         self.iterations, self.radius, self.levels = iterations, radius, levels
 
     @property

@@ -20,7 +20,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..errors import UsageError
+from .. import bounds
+from ..bounds import within
 from ..models.base import Target
 from ..models.noising import denoising_loss
 from ..types import PerSample
@@ -42,9 +43,8 @@ class DenoisingLoss:
     needs = frozenset({"times"})
     backwards = 0
 
+    @within(draws=bounds.STEPS)
     def __init__(self, draws: int = 16):
-        if not 1 <= draws <= STEPS:
-            raise UsageError(f"draws={draws}: use 1 to {STEPS}.")
         self.draws = draws
 
     @property

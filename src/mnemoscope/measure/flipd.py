@@ -25,11 +25,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..errors import UsageError
+from ..bounds import COUNT, STEP, within
 from ..models.base import Condition, Target
 from ..models.noising import levels, split
 from ..types import Latents, PerSample
-from .base import STEPS, common, opened, time_at
+from .base import common, opened, time_at
 
 __all__ = ["FLIPD", "flipd"]
 
@@ -63,9 +63,8 @@ class FLIPD:
     needs = frozenset({"times", "grad"})
     forwards = 1
 
+    @within(time=STEP, probes=COUNT)
     def __init__(self, time: int = 50, probes: int = 8):
-        if not 0 <= time < STEPS or probes < 1:
-            raise UsageError(f"time={time}, probes={probes}: use a time of 0 to {STEPS - 1} and a probe or more.")
         self.time, self.probes = time, probes
 
     @property

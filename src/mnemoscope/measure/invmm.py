@@ -43,6 +43,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from .. import stats
+from ..bounds import AMOUNT, COUNT, FINITE, POSITIVE, SCALE, STEPS, within
 from ..errors import CannotAudit, ModelFault, UnknownName, UsageError
 from ..models.base import Condition, SoftText, Target, Trained, mix
 from ..models.noising import noised, split
@@ -73,6 +74,13 @@ SHARES = (0.0, *(2 ** (k / FINE - 4) for k in range(4 * FINE + 1)))
 
 RAISED = 4
 """Levels that are tried with the full sampler and fresh draws before learning goes on: a quarter of a doubling apart, and the highest."""
+
+
+PRESET = {
+    "updates": AMOUNT, "batch": COUNT, "lr": POSITIVE, "every": COUNT, "draws": COUNT, "beta": FINITE, "steps": STEPS,
+    "preview": AMOUNT, "search": AMOUNT, "confirm": AMOUNT, "patience": AMOUNT,
+}  # fmt: skip
+"""What numbers of a preset may be."""
 
 
 @dataclass(frozen=True)
@@ -127,6 +135,13 @@ class Preset:
     confirm: int = 0
     confirmed: float = 0.0
     patience: int = 0
+
+    def __post_init__(self) -> None:
+        for name, bound in PRESET.items():
+            if getattr(self, name) is not None:
+                bound.judge(name, getattr(self, name))
+        for scale in self.scales:
+            SCALE.judge("a guidance scale", scale)
 
     def spare(self, draws: int) -> int:
         """How many of so many draws may fail."""
@@ -344,6 +359,7 @@ class InvMM:
         CannotAudit: the target does not say at which times it was trained.
     """
 
+    @within(beta=FINITE, rows=COUNT)
     def __init__(
         self, target: Target, descriptor: Descriptor, preset: Preset | None = None, *, beta: float | None = None, rows: int = 32
     ):  # fmt: skip

@@ -24,6 +24,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ..bounds import TIMES, within
 from ..errors import UsageError
 from ..models.base import Condition, Target
 from ..models.noising import levels, split
@@ -65,8 +66,9 @@ class SecMI:
     needs = frozenset({"times"})
     backwards = 0
 
+    @within(time=TIMES, stride=TIMES)
     def __init__(self, time: int = 100, stride: int = 10):
-        if stride < 1 or time < stride or time % stride or time + stride >= STEPS:
+        if time < stride or time % stride or time + stride >= STEPS:
             raise UsageError(
                 f"time={time}, stride={stride}: use a time below {STEPS} that is a multiple of the stride, for instance 100 and 10."
             )

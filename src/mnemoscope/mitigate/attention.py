@@ -28,7 +28,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from ..errors import CannotAudit, UnknownName, UsageError
+from .. import bounds
+from ..bounds import FINITE, PART, SHARE, within
+from ..errors import CannotAudit, UnknownName
 from ..models.base import ATTENTION, Condition, ScalesAttention, Target
 from .base import Generation, require
 from .padding import chosen
@@ -117,9 +119,8 @@ class Attenuation:
     costs = "1 F per sample"
     strength, strengths = "alpha", (0.9, 0.5, 0.1, 0.01, 0.001)
 
+    @within(alpha=PART, threshold=FINITE)
     def __init__(self, alpha: float = 0.1, threshold: float = 1.0, form: str = "odds"):
-        if not 0 < alpha <= 1:
-            raise UsageError(f"alpha={alpha!r}: what is left of a token's attention is above 0 and at most 1; use 0.1.")
         if form not in FORMS:
             raise UnknownName("form of attenuation", form, FORMS)
         self.alpha, self.threshold, self.form = float(alpha), float(threshold), form
@@ -153,11 +154,8 @@ class Masking:
     costs = "nothing"
     strength, strengths = "share", (0.2, 0.4, 0.6, 0.8, 1.0)
 
+    @within(share=SHARE, c=bounds.FACTOR)
     def __init__(self, share: float = 1.0, c: float = 1.25):
-        if not 0 <= share <= 1:
-            raise UsageError(f"share={share!r} is a share of the padding positions: use 0 to 1, for instance 1.")
-        if not c >= 1:
-            raise UsageError(f"c={c!r}: the start token's logit is multiplied by 1 or more, for instance 1.25.")
         self.share, self.c = float(share), float(c)
 
     def prepare(self, target: Target, generation: Generation) -> Generation:

@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from ..errors import UsageError
+from ..bounds import FINITE, SHARE, within
 from ..models.base import Target
 from ..types import PerSample
 from .base import Generation
@@ -85,12 +85,6 @@ class _Delayed:
         return replace(generation, guidance=rule)
 
 
-def _share(name: str, value: float) -> float:
-    if not 0 <= value <= 1:
-        raise UsageError(f"{name}={value!r} is a share of the schedule: use 0 to 1, for instance 0.3.")
-    return float(value)
-
-
 class DelayedGuidance(_Delayed):
     """No guidance for the first ``start`` of the schedule, then as usual.
 
@@ -103,8 +97,9 @@ class DelayedGuidance(_Delayed):
     name = "delayed-guidance"
     strength, strengths = "start", (0.05, 0.1, 0.2, 0.35, 0.5)
 
+    @within(start=SHARE, before=FINITE)
     def __init__(self, start: float = 0.35, before: float = 0.0):
-        self.start, self.before = _share("start", start), float(before)
+        self.start, self.before = float(start), float(before)
 
     def rule(self, full: float) -> Static:
         """See :class:`Static`."""
@@ -122,8 +117,9 @@ class DynamicGuidance(_Delayed):
     name = "dynamic-guidance"
     strength, strengths = "latest", (0.05, 0.1, 0.2, 0.5, 1.0)
 
+    @within(latest=SHARE, before=FINITE)
     def __init__(self, latest: float = 0.5, before: float = 0.0):
-        self.latest, self.before = _share("latest", latest), float(before)
+        self.latest, self.before = float(latest), float(before)
 
     def rule(self, full: float) -> Dynamic:
         """See :class:`Dynamic`."""
@@ -141,8 +137,9 @@ class OppositeGuidance(_Delayed):
     name = "opposite-guidance"
     strength, strengths = "start", (0.02, 0.05, 0.1, 0.2, 0.35)
 
+    @within(start=SHARE, before=FINITE)
     def __init__(self, start: float | None = 0.1, before: float = -3.0):
-        self.start, self.before = None if start is None else _share("start", start), float(before)
+        self.start, self.before = None if start is None else float(start), float(before)
 
     def rule(self, full: float) -> Static | Dynamic:
         """See :class:`Static` and :class:`Dynamic`."""

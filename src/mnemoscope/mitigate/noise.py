@@ -35,8 +35,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..bounds import COUNT, POSITIVE, SHARE, SIZE, within
 from ..detect.magnitude import per_dimension
-from ..errors import UnknownName, UsageError
+from ..errors import UnknownName
 from ..models.base import Condition, Target
 from ..models.sampling import same_where
 from ..types import Latents, PerSample, precise
@@ -129,6 +130,7 @@ class SAIL:
     costs = "up to 40 F + 40 B per sample"
     strength, strengths = "threshold", (16.0, 13.0, 10.0, 8.2, 7.4)
 
+    @within(threshold=POSITIVE, updates=COUNT, lr=POSITIVE, alpha=SIZE, delta=POSITIVE)
     def __init__(
         self,
         threshold: float | None = 8.2,
@@ -141,12 +143,6 @@ class SAIL:
     ):
         if form not in FORMS:
             raise UnknownName("form of SAIL's objective", form, FORMS)
-        if threshold is not None and not threshold > 0:
-            raise UsageError(f"threshold={threshold!r}: the objective to stop at is positive; 8.2 is the official one.")
-        if updates < 1 or not (lr > 0 and delta > 0 and alpha >= 0):
-            raise UsageError(
-                f"updates={updates}, lr={lr:g}, delta={delta:g}, alpha={alpha:g}: use the official 10, 0.05, 1 and 0.05, for instance."
-            )
         self.threshold, self.updates, self.lr = threshold, updates, lr
         self.alpha, self.delta, self.form = alpha, delta, form
 
@@ -225,11 +221,8 @@ class AdjustedNoise:
     costs = "8 F per sample"
     strength, strengths = "wait", (0.05, 0.1, 0.2, 0.35, 0.5)
 
+    @within(gamma=SIZE, rho=POSITIVE, iterations=COUNT, wait=SHARE)
     def __init__(self, gamma: float = 0.7, *, rho: float = 50.0, iterations: int = 2, wait: float = 0.1):
-        if not gamma >= 0 or not rho > 0 or iterations < 1:
-            raise UsageError(
-                f"gamma={gamma:g}, rho={rho:g}, iterations={iterations}: use the official 0.7, 50 and 2, for instance."
-            )
         self.gamma, self.rho, self.iterations = gamma, rho, iterations
         self.delayed, self.wait = DelayedGuidance(wait), float(wait)
 

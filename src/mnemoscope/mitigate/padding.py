@@ -18,7 +18,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from ..errors import CannotAudit, UnknownName, UsageError
+from ..bounds import SHARE, within
+from ..errors import CannotAudit, UnknownName
 from ..models.base import Pads, Target
 from .base import Generation, generator, require
 
@@ -61,9 +62,8 @@ class Padding:
     costs = "nothing"
     strength, strengths = "share", (0.1, 0.3, 0.5, 0.7, 1.0)
 
+    @within(share=SHARE)
     def __init__(self, share: float = 1.0, content: str = "!", end: bool = True):
-        if not 0 <= share <= 1:
-            raise UsageError(f"share={share!r} is a share of the padding positions: use 0 to 1, for instance 0.7.")
         if content not in CONTENTS:
             raise UnknownName("padding content", content, CONTENTS)
         self.share, self.content, self.end = float(share), content, end

@@ -22,7 +22,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..errors import CannotAudit, UsageError
+from ..bounds import AMOUNT, SIZE, within
+from ..errors import CannotAudit
 from ..models.base import Lexicon, Target
 from ..types import precise
 from .base import Generation, generator, require
@@ -54,9 +55,8 @@ class _Insertion:
     costs = "nothing"
     strength, strengths = "count", (1, 2, 4, 6, 8)
 
+    @within(count=AMOUNT)
     def __init__(self, count: int = 4):
-        if count < 0:
-            raise UsageError(f"count={count}: give how many words to insert, for instance 4.")
         self.count = count
 
     def prepare(self, target: Target, generation: Generation) -> Generation:
@@ -163,9 +163,8 @@ class EmbeddingNoise:
     costs = "nothing"
     strength, strengths = "scale", (0.1, 0.5, 1.0, 2.0, 4.0)
 
+    @within(scale=SIZE)
     def __init__(self, scale: float = 1.0):
-        if not scale >= 0:
-            raise UsageError(f"scale={scale!r}: the noise's standard deviation is not negative; use 1, for instance.")
         self.scale = scale
 
     def prepare(self, target: Target, generation: Generation) -> Generation:

@@ -22,8 +22,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from ..bounds import COUNT, POSITIVE, within
 from ..detect.magnitude import gradient, per_dimension
-from ..errors import UsageError
 from ..models.base import Target
 from ..models.sampling import null_output
 from ..types import Latents, PerSample, precise
@@ -53,6 +53,7 @@ class PromptOptimization:
     costs = f"up to {UPDATES} (F + B) per sample"
     strength, strengths = "target", (2.5, 2.0, 1.5, 1.0, 0.5)
 
+    @within(target=POSITIVE, updates=COUNT, lr=POSITIVE)
     def __init__(
         self,
         target: float | None = 1.5,
@@ -61,10 +62,6 @@ class PromptOptimization:
         lr: float = LEARNING_RATE,
         official: bool = False,
     ):
-        if target is not None and not target > 0:
-            raise UsageError(f"target={target!r}: the magnitude to stop at is positive; 1.5 is the usual one.")
-        if updates < 1 or not lr > 0:
-            raise UsageError(f"updates={updates}, lr={lr:g}: both must be positive, for instance 10 and 0.05.")
         self.target, self.updates, self.lr, self.official = target, updates, lr, official
 
     def prepare(self, target: Target, generation: Generation) -> Generation:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..bounds import GUIDANCE, LORA_SCALE, SIDE, shown
 from ..errors import CannotAudit, UnknownName, UsageError
 from . import sources
 from .base import Target
@@ -100,6 +101,7 @@ def load(
         UsageError: an argument makes no sense for this source.
     """
     _refuse_unknown(hub, load)
+    _require_numbers(guidance, resolution)
     options = {
         k: v for k, v in {"guidance": guidance, "resolution": resolution, "sampler": sampler}.items() if v is not None
     }
@@ -125,6 +127,18 @@ def load(
     return build(pipe, origin, **{**recommended, **options})
 
 
+def _require_numbers(guidance: Any, resolution: Any) -> None:
+    """Refuse numbers that no model has, before gigabytes are read for them."""
+    if guidance is not None:
+        GUIDANCE.judge("guidance", guidance)
+    if resolution is not None:
+        sides = resolution if isinstance(resolution, (list, tuple)) else [resolution]
+        if len(sides) > 2 or not sides or not all(map(SIDE.admits, sides)):
+            raise UsageError(
+                f"resolution is {shown(resolution)}, and must be {SIDE.words}, or a list of two: height and width."
+            )
+
+
 def open_pipeline(
     source: str | Path,
     *,
@@ -148,6 +162,8 @@ def open_pipeline(
         CannotAudit: as :func:`load`.
         UsageError: as :func:`load`.
     """
+    for file, scale in lora.items() if isinstance(lora, Mapping) else ():
+        LORA_SCALE.judge(f"the scale of the LoRA {file}", scale)
     _refuse_unknown(hub, open_pipeline)
     place = _device(device)
     precision, reason = _precision(dtype, place)

@@ -22,6 +22,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from .. import stats
+from ..bounds import AMOUNT, RATE, SIZE
 from ..errors import UnknownName, UsageError
 from ..parsing import LARGEST_YAML, ParseError, parse_yaml
 from ..records.files import read_regular
@@ -48,7 +49,7 @@ def _at_least(value: Any) -> Any:
     return int(found[2]) + (found[1] == ">")
 
 
-AtLeast = Annotated[int, BeforeValidator(_at_least), Field(ge=0)]
+AtLeast = Annotated[int, AMOUNT, BeforeValidator(_at_least)]
 """The least number that will do."""
 
 
@@ -77,13 +78,13 @@ class Rule(_Section):
     """A prompt file: the rule is about its prompts alone, and each of them must have been audited."""
     baseline: str | None = None
     """A run folder: only what is found now and was not found there counts."""
-    max: float | None = Field(None, ge=0)
+    max: Annotated[float | None, SIZE] = None
     """The number itself may be at most this."""
-    max_upper95: float | None = Field(None, gt=0, lt=1)
+    max_upper95: Annotated[float | None, RATE] = None
     """The upper 95 % bound of the share may be at most this."""
-    max_increase: float | None = Field(None, ge=0)
+    max_increase: Annotated[float | None, SIZE] = None
     """With ``baseline``: what is newly found may be at most this."""
-    max_increase_upper95: float | None = Field(None, gt=0, lt=1)
+    max_increase_upper95: Annotated[float | None, RATE] = None
     """With ``baseline``: the upper 95 % bound of the share that is newly found may be at most this."""
     level: Literal["fail", "warn"] = "fail"
     """The worst this rule can do."""

@@ -26,6 +26,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, PlainTextResponse
 
+from ..bounds import AMOUNT, POSITIVE, within
 from ..errors import CannotAudit, UsageError
 from .guard import GuardError, Refused
 from .metrics import CONTENT_TYPE
@@ -94,11 +95,10 @@ class Endpoint:
         app: The ASGI application; it wants its lifespan.
     """
 
+    @within(queue=AMOUNT, seconds=POSITIVE)
     def __init__(
         self, guarded: Any, limits: Limits, *, queue: int = 16, seconds: float = 300.0, keyed: bool = False
     ) -> None:
-        if not seconds > 0:
-            raise UsageError(f"a time limit of {seconds:g} s lets nothing be drawn; give more than 0.")
         self.guarded, self.limits, self.seconds = guarded, limits, seconds
         self.request = request_model(limits)
         self.worker = Worker(drawing(guarded), queue)

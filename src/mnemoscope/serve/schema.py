@@ -23,6 +23,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 from starlette.responses import JSONResponse
 
+from ..bounds import SERVED_GUIDANCE
 from ..errors import UsageError
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ __all__ = [
 LARGEST_SEED = 2**53 - 1
 """Every JSON reader keeps integers up to here."""
 
-MOST_GUIDANCE = 30.0
+MOST_GUIDANCE = SERVED_GUIDANCE.high
 LONGEST_USER = 512
 """Characters of a caller's own id, which nothing here reads."""
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 
-from ..errors import UsageError
+from ..bounds import AMOUNT, within
 
 if TYPE_CHECKING:
     from .guard import Decision
@@ -102,9 +102,8 @@ class Worker:
         UsageError: a negative queue.
     """
 
+    @within(queue=AMOUNT)
     def __init__(self, draw: Draw, queue: int = 16):
-        if queue < 0:
-            raise UsageError(f"queue {queue}: give how many requests may wait, 0 or more.")
         self.draw, self.queue = draw, queue
         self.leaving = False
         self._waiting: deque[tuple[Order, Future[Drawn]]] = deque()

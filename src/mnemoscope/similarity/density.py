@@ -21,6 +21,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from .. import plugins
+from ..bounds import NEARNESS, within
 from ..errors import UnknownName, UsageError
 from ..plugins import installed
 from ..records.store import short
@@ -156,6 +157,7 @@ class DensityDetector:
     space = "picture"
     costs = "no forwards beyond those of the pictures"
 
+    @within(near=NEARNESS)
     def __init__(
         self,
         descriptor: str = TILED,

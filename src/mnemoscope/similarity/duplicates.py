@@ -24,6 +24,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
+from ..bounds import AMOUNT, COUNT, SIMILARITY, within
 from ..errors import UsageError
 from ..records.schema import Row
 from ..records.store import write_whole
@@ -123,6 +124,7 @@ class Clusters:
         }
 
 
+@within(threshold=SIMILARITY)
 def find_clusters(
     index: IndexFolder,
     threshold: float,
@@ -142,8 +144,6 @@ def find_clusters(
     Raises:
         UsageError: the threshold is none.
     """
-    if not -1 < threshold < 1:
-        raise UsageError(f"threshold = {threshold:g} joins all pictures or none; similarities lie between -1 and 1.")
     vectors, numbers = index.vectors, np.flatnonzero(index.alive)
     if every_pair is None:
         every_pair = index.usable_inverted() is None
@@ -227,6 +227,7 @@ def cohesion(index: IndexFolder, members: Labels, most: int = 1000) -> float:
 # What people look at ------------------------------------------------------------------------------------------------------
 
 
+@within(sheets=AMOUNT, shown=COUNT)
 def write_clusters(
     index: IndexFolder, clusters: Clusters, folder: str | Path, *, sheets: int = 12, shown: int = 24
 ) -> list[dict[str, Any]]:

@@ -25,6 +25,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from .. import redaction
+from ..bounds import COUNT, RATE, WORKERS, within
 from ..errors import ModelFault, RunError, UsageError
 from ..records.files import hash_file
 from ..records.store import differences, explained, whole
@@ -127,6 +128,7 @@ class ReferenceIndex:
         return f"ReferenceIndex({str(self.files.folder)!r}, {self.name}, {len(self)} pictures)"
 
     @classmethod
+    @within(workers=WORKERS, batch=COUNT)
     def build(
         cls,
         source: Anything,
@@ -201,10 +203,9 @@ class ReferenceIndex:
         found = self._matches(self._described(images), CANDIDATES)
         return with_layouts(found, self._layouts.best(images, found), self.layout_threshold)
 
+    @within(k=COUNT, workers=WORKERS, batch=COUNT)
     def query(self, source: Anything, k: int = 5, *, workers: int | None = None, batch: int = 64) -> Iterator[Answer]:
         """The k nearest references of every picture of a source, in its order."""
-        if k < 1:
-            raise UsageError(f"k = {k}; ask for at least one reference.")
         readings = read(open_source(source), self.descriptor.prepare, workers=workers)
         while some := list(islice(readings, batch)):
             vectors, sound = _describe(self.descriptor, some)
@@ -218,6 +219,7 @@ class ReferenceIndex:
                 else:
                     yield Answer(r.entry.id, [], NOT_FINITE, r.note)
 
+    @within(fmr=RATE)
     def calibrate(self, different: Pictures | Anything, *, fmr: float = 0.01, source: str = "") -> float:
         """Set, store and return the similarity that a different picture's nearest reference exceeds with probability ≤ ``fmr``.
 

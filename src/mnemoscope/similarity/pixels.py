@@ -13,6 +13,7 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
+from ..bounds import THUMBNAIL, within
 from ..errors import UsageError
 from .base import Pictures, as_tensor
 
@@ -20,9 +21,6 @@ __all__ = ["PLAIN", "Pixels"]
 
 PLAIN = 0.05
 """Norm below which what is left of a thumbnail is rounding (less than half a grey level a pixel), not a picture."""
-
-MOST = 256
-"""Largest side of a thumbnail."""
 
 
 class Pixels:
@@ -32,9 +30,8 @@ class Pixels:
     """Similarity above which two pictures of a set are called near-duplicates: at side 16, none of the 2.5 million pairs of
     different pictures of the bundled world reaches it (the closest, 0.978, are templates)."""
 
+    @within(side=THUMBNAIL)
     def __init__(self, side: int = 16):
-        if not (isinstance(side, int) and 2 <= side <= MOST):
-            raise UsageError(f"pixels: side is {side!r}, and must be a whole number from 2 to {MOST}.")
         self.side = side
 
     @property

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Protocol, TypeAlias, runtime_ch
 
 from PIL import Image
 
+from ..bounds import WORKERS, within
 from ..errors import MnemoscopeError, UnknownName, UsageError
 from ..records.documents import read_json
 from ..records.files import file_inside, leads_out, open_inside, open_regular
@@ -205,6 +206,7 @@ def _is_tar(path: Path) -> bool:
 # Decoding ahead -----------------------------------------------------------------------------------------------------------
 
 
+@within(workers=WORKERS)
 def read(
     source: Source,
     prepare: Callable[[Image.Image], Any],
@@ -514,6 +516,9 @@ def _is_picture(name: str) -> bool:
 
 # Tables -------------------------------------------------------------------------------------------------------------------
 
+READING = (OSError, ValueError, KeyError, NotImplementedError, TypeError, OverflowError)
+"""What pyarrow raises, itself or from Python, where a table or a value in it cannot be had."""
+
 ROWS = 16
 """Rows of a table that are in memory at a time."""
 
@@ -572,33 +577,50 @@ class _Table(ABC):
         return {"kind": self.kind, "path": self.label(), "column": self.column, "id_column": self.id_column}
 
     def opened(self) -> AbstractContextManager[Iterator[Entry]]:
-        return nullcontext(entry for file in self.files() for entry in self._entries(file))
+        met: set[str] = set()
+        return nullcontext(entry for file in self.files() for entry in self._entries(file, met))
 
     def fetch(self, at: str) -> bytes:
         file, _, row = at.rpartition("#")
         return _bytes_of(self.cell(file, int(row)), self.base(file))
 
     def values(self, column: str) -> Iterator[tuple[str, Any]]:
-        """Id and value of another column of every row."""
-        columns = [column, *([self.id_column] if self.id_column and self.id_column != column else [])]
-        for file in self.files():
-            row = 0
-            for block in self.blocks(file, columns):
-                for facts in block.to_pylist():
-                    yield str(facts[self.id_column]) if self.id_column else f"{file}#{row}", facts[column]
-                    row += 1
+        """Id and value of another column of every row.
 
-    def _entries(self, file: str) -> Iterator[Entry]:
-        columns, row, base = [self.column, *([self.id_column] if self.id_column else [])], 0, self.base(file)
+        Raises:
+            UsageError: the column, or that of ids, cannot be read.
+        """
+        met: set[str] = set()
+        for file in self.files():
+            try:
+                for _, name, _, value in self._rows_of(file, column, met):
+                    yield name, value
+            except READING as e:
+                raise UsageError(
+                    f"column {column!r} of {file or self.label()} cannot be read ({_why(e)[:160]}); write it again, or name another."
+                ) from e
+
+    def _rows_of(self, file: str, column: str, met: set[str]) -> Iterator[tuple[str, str, str | None, Any]]:
+        """Where each row is, its id, what a reader of it should know, and its value in a column.
+
+        A row whose id is missing, or stands above already, is known by file and row number: two pictures of one name would be one.
+        """
+        columns, row = list(dict.fromkeys([column, *([self.id_column] if self.id_column else [])])), 0
+        for block in self.blocks(file, columns):
+            ids = block.column(self.id_column).to_pylist() if self.id_column else [None] * len(block)
+            for value, given in zip(block.column(column).to_pylist(), ids, strict=True):
+                at = f"{file}#{row}"
+                name, note = (at, None) if self.id_column is None else _named(given, at, met)
+                yield at, name, note, value
+                row += 1
+
+    def _entries(self, file: str, met: set[str]) -> Iterator[Entry]:
+        row, base = 0, self.base(file)
         try:
-            for block in self.blocks(file, columns):
-                for facts in block.to_pylist():
-                    at = f"{file}#{row}"
-                    yield _cell_entry(
-                        facts[self.column], str(facts[self.id_column]) if self.id_column else at, at, base
-                    )
-                    row += 1
-        except (OSError, ValueError, KeyError, NotImplementedError) as e:  # pyarrow's errors are kinds of these
+            for at, name, note, cell in self._rows_of(file, self.column, met):
+                yield _cell_entry(cell, name, at, base, note)
+                row += 1
+        except READING as e:
             why = f"{type(e).__name__}: {_why(e)}"[:160]
             damage = f"table: {file or self.label()} is damaged ({why}); what follows is missing"
             yield _lost(f"{file}#{row}!", self.led_out(file) or damage)
@@ -643,8 +665,19 @@ def _holds_pictures(kind: Any) -> bool:
     return kinds.is_binary(kind) or kinds.is_large_binary(kind)
 
 
-def _cell_entry(cell: Any, name: str, at: str, base: Path | None) -> Entry:
-    return Entry(name, lambda: _bytes_of(cell, base), at=None if at == name else at)
+def _named(given: Any, at: str, met: set[str]) -> tuple[str, str | None]:
+    """The id of a row, or its place where it has none of its own; and a word about that."""
+    if given is None or given != given or given == "":
+        return at, "without an id"
+    name = _valid(str(int(given)) if isinstance(given, float) and given.is_integer() else str(given))
+    if name in met:
+        return at, f"its id {name!r} stands above already"
+    met.add(name)
+    return name, None
+
+
+def _cell_entry(cell: Any, name: str, at: str, base: Path | None, note: str | None = None) -> Entry:
+    return Entry(name, lambda: _bytes_of(cell, base), at=None if at == name else at, note=note)
 
 
 def _bytes_of(cell: Any, base: Path | None) -> bytes:
@@ -680,7 +713,7 @@ class _Parquet(_Table):
         try:
             with _opened(self.where, path) as file:
                 return pq.read_schema(file)
-        except (OSError, ValueError) as e:
+        except READING as e:
             raise UsageError(f"{path} cannot be read as Parquet ({_why(e)}); check the file.") from e
 
     def _first(self) -> Path:
@@ -700,7 +733,7 @@ class _Parquet(_Table):
     def count(self) -> int | None:
         try:
             return sum(self._rows(path) for path in self.paths.values())
-        except (OSError, ValueError):
+        except READING:
             return None
 
     def _rows(self, path: Path) -> int:
@@ -751,7 +784,7 @@ class _Arrow(_Table):
         try:
             with _stream(path) as blocks:
                 return blocks.schema
-        except (OSError, ValueError) as e:
+        except READING as e:
             raise UsageError(f"{path} cannot be read as an Arrow stream ({e}); save the data set again.") from e
 
     def files(self) -> list[str]:
@@ -763,7 +796,7 @@ class _Arrow(_Table):
     def count(self) -> int | None:
         try:
             return sum(len(block) for file in self.files() for block in self.blocks(file, [self.column]))
-        except (OSError, ValueError):
+        except READING:
             return None
 
     def blocks(self, file: str, columns: list[str]) -> Iterator[pyarrow.RecordBatch]:

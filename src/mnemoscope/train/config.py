@@ -6,13 +6,13 @@ Defaults are written here and nowhere else. The docstring under a setting is its
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from .. import redaction
+from ..bounds import AMOUNT, COUNT, FACTOR, POSITIVE, RATE, REST, SEED, SIDE, SIMILARITY, SIZE, Bound, shown
 from ..errors import UnknownName, UsageError
-from ..records.store import short
 
 __all__ = ["AUGMENTATIONS", "TrainConfig"]
 
@@ -26,12 +26,9 @@ FREE = frozenset({
 """Settings that change nothing of what is learned: an interrupted training may be continued with others."""
 
 
-def _setting(default: Any, allowed: str, **limits: Any) -> Any:
-    return Field(default, json_schema_extra={"allowed": allowed}, **limits)
-
-
-def _whole(default: int | None, least: int = 1) -> Any:
-    return _setting(default, f"a whole number of {least} or more", ge=least)
+def _setting(default: Any, allowed: str | Bound) -> Any:
+    """A field with the words that say what it may be; a bound is also the annotation of its type."""
+    return Field(default, json_schema_extra={"allowed": allowed.words if isinstance(allowed, Bound) else allowed})
 
 
 class TrainConfig(BaseModel):
@@ -59,87 +56,91 @@ class TrainConfig(BaseModel):
     image_column: str | None = _setting(None, "the name of a column")
     """Column of a table that holds the pictures; by default the only one that can."""
 
-    steps: int = _whole(1000)
+    steps: Annotated[int, COUNT] = _setting(1000, COUNT)
     """Steps of the optimizer."""
-    batch_size: int = _whole(4)
+    batch_size: Annotated[int, COUNT] = _setting(4, COUNT)
     """Pictures per forward pass of one process."""
-    accumulate: int = _whole(1)
+    accumulate: Annotated[int, COUNT] = _setting(1, COUNT)
     """Forward passes whose gradients make one step."""
-    lr: float | None = _setting(None, "a number above 0", gt=0)
+    lr: Annotated[float | None, POSITIVE] = _setting(None, POSITIVE)
     """Learning rate; by default 1e-4 with LoRA and 1e-5 without."""
     schedule: Literal["constant", "linear", "cosine"] = _setting("constant", "'constant', 'linear' or 'cosine'")
     """How the learning rate goes on after the warm-up."""
-    warmup: int = _whole(0, least=0)
+    warmup: Annotated[int, AMOUNT] = _setting(0, AMOUNT)
     """Steps over which the learning rate rises from 0."""
-    weight_decay: float = _setting(0.01, "a number of 0 or more", ge=0)
+    weight_decay: Annotated[float, SIZE] = _setting(0.01, SIZE)
     """Of AdamW."""
-    clip: float = _setting(1.0, "a number above 0", gt=0)
+    clip: Annotated[float, POSITIVE] = _setting(1.0, POSITIVE)
     """Norm to which gradients are clipped."""
-    lora: int | None = _whole(None)
+    lora: Annotated[int | None, COUNT] = _setting(None, COUNT)
     """Rank of a LoRA; without it the whole UNet is trained."""
-    resolution: int | None = _whole(None)
+    resolution: Annotated[int | None, SIDE] = _setting(None, SIDE)
     """Side in pixels; by default the model's own."""
     flip: bool = _setting(False, "true or false")
     """Mirror half of the visits."""
-    min_side: int | None = _whole(None)
+    min_side: Annotated[int | None, COUNT] = _setting(None, COUNT)
     """Pictures whose short side has fewer pixels are left out; by default the resolution."""
-    max_aspect: float = _setting(3.0, "a number of 1 or more", ge=1)
+    max_aspect: Annotated[float, FACTOR] = _setting(3.0, FACTOR)
     """Pictures are cut to a square; those that are longer than this many times their width, or wider, are left out."""
     ema: bool = _setting(False, "true or false")
     """Keep a moving average of what is trained; it is then what is saved."""
-    ema_decay: float = _setting(0.9999, "a number from 0 to below 1", ge=0, lt=1)
+    ema_decay: Annotated[float, REST] = _setting(0.9999, REST)
     """Of the moving average."""
     mixed_precision: Literal["no", "fp16", "bf16"] = _setting("no", "'no', 'fp16' or 'bf16'")
     """Precision of the forward and backward passes."""
     gradient_checkpointing: bool = _setting(False, "true or false")
     """Compute activations twice instead of keeping them: less memory, more time."""
-    caption_dropout: float = _setting(0.0, "a share from 0 to below 1", ge=0, lt=1)
+    caption_dropout: Annotated[float, REST] = _setting(0.0, REST)
     """Share of visits with the empty prompt, which is what guidance needs."""
-    snr_gamma: float | None = _setting(None, "a number above 0 such as 5", gt=0)
+    snr_gamma: Annotated[float | None, POSITIVE] = _setting(None, POSITIVE)
     """γ of Min-SNR weights (Hang et al., ICCV 2023); by default all times weigh alike."""
-    seed: int = _whole(0, least=0)
+    seed: Annotated[int, SEED] = _setting(0, SEED)
     """Every draw depends on it and on the step alone."""
 
-    filter: Literal["auto"] | float | str | None = _setting(None, "a number above 0, 'auto', or a tau.json")
+    filter: Annotated[Literal["auto"] | float | str | None, POSITIVE] = _setting(
+        None, "a number above 0, 'auto', or a tau.json"
+    )
     """Leave samples out of the loss whose magnitude is above τ: a number, τ(t) from clean pictures (auto), or its file."""
-    filter_drop: float = _setting(0.05, "a share between 0 and 1", gt=0, lt=1)
+    filter_drop: Annotated[float, RATE] = _setting(0.05, RATE)
     """Share of clean samples that τ(t) drops, at most."""
-    filter_ranges: int = _whole(10)
+    filter_ranges: Annotated[int, COUNT] = _setting(10, COUNT)
     """Ranges of t with a threshold each."""
     clean: str | None = _setting(None, "the path of captioned pictures")
     """Captioned pictures known to be clean; by default a part of the data is held out."""
-    heldout: float = _setting(0.1, "a share between 0 and 1", gt=0, lt=1)
+    heldout: Annotated[float, RATE] = _setting(0.1, RATE)
     """Share of the data that is held out where clean pictures are needed and none are given."""
     running_scores: Literal["flag", "down-weight", "drop"] | None = _setting(None, "'flag', 'down-weight' or 'drop'")
     """Keep a record of every picture over its visits, and do this with those that stand out."""
     augment: Augmentation | None = _setting(None, f"one of {', '.join(AUGMENTATIONS)}")
     """Change captions at every visit."""
-    augment_count: int = _whole(4)
+    augment_count: Annotated[int, COUNT] = _setting(4, COUNT)
     """Words that are inserted or replaced."""
-    augment_scale: float = _setting(0.1, "a number above 0", gt=0)
+    augment_scale: Annotated[float, POSITIVE] = _setting(0.1, POSITIVE)
     """λ of embedding-noise."""
-    canaries: dict[int, int] = _setting({}, "copies:number pairs such as 0:20,1:20,16:20")
+    canaries: dict[Annotated[int, AMOUNT], Annotated[int, COUNT]] = _setting(
+        {}, "copies:number pairs such as 0:20,1:20,16:20"
+    )
     """Copies → how many pictures are planted so often."""
-    canaries_every: int | None = _whole(None)
+    canaries_every: Annotated[int | None, COUNT] = _setting(None, COUNT)
     """Steps between looks at the canaries; by default ``save_every``."""
-    canary_threshold: float | None = _setting(None, "a similarity such as 0.9", gt=-1, lt=1)
+    canary_threshold: Annotated[float | None, SIMILARITY] = _setting(None, SIMILARITY)
     """Similarity above which a generation is a copy of its canary; without it nothing is generated and the training is not stopped."""
     canary_screen: str | None = _setting(None, "an installed measure such as denoising-loss")
     """How strongly each canary is stored, by this measure, at each look (``mnemoscope ls measures``)."""
     dedupe: Literal["off", "drop", "merge"] = _setting("off", "'off', 'drop' or 'merge'")
     """Near-duplicates: keep one of each cluster, with its own caption (drop) or those of all (merge)."""
-    dedupe_threshold: float | None = _setting(None, "a similarity between -1 and 1", gt=-1, lt=1)
+    dedupe_threshold: Annotated[float | None, SIMILARITY] = _setting(None, SIMILARITY)
     """Similarity above which two pictures are near-duplicates; by default the descriptor's."""
     descriptor: str = _setting("fingerprint", "an installed descriptor")
     """What says how similar two pictures are."""
 
-    save_every: int = _whole(500)
+    save_every: Annotated[int, COUNT] = _setting(500, COUNT)
     """Steps between checkpoints."""
-    keep: int = _whole(2)
+    keep: Annotated[int, COUNT] = _setting(2, COUNT)
     """Checkpoints that are kept."""
-    log_every: int = _whole(10)
+    log_every: Annotated[int, COUNT] = _setting(10, COUNT)
     """Steps between readings of losses from the device."""
-    validate_every: int | None = _whole(None)
+    validate_every: Annotated[int | None, COUNT] = _setting(None, COUNT)
     """Steps between pictures of the validation prompts; by default ``save_every``."""
     validation_prompts: tuple[str, ...] = _setting((), "a list of prompts")
     """Prompts to draw and to score while training."""
@@ -149,7 +150,7 @@ class TrainConfig(BaseModel):
     """Refuse to train where any picture has to be left out."""
     device: Literal["cpu"] | None = _setting(None, "'cpu', or left out: accelerate's environment chooses")
     """cpu, or by default what accelerate chooses."""
-    cache_gigabytes: float = _setting(8.0, "a number of 0 or more", ge=0)
+    cache_gigabytes: Annotated[float, SIZE] = _setting(8.0, SIZE)
     """Memory for latents and for captions; more latents than that are kept in a file, more captions are encoded at every step."""
 
     def __init__(self, **settings: Any):
@@ -172,17 +173,12 @@ class TrainConfig(BaseModel):
     @field_validator("filter", mode="before")
     @classmethod
     def _number_or_word(cls, value: Any) -> Any:
+        if isinstance(value, bool) or value == "":
+            raise ValueError("neither a threshold nor a file")
         try:
             return float(value) if isinstance(value, str | int) else str(value) if isinstance(value, Path) else value
-        except ValueError:
+        except (ValueError, OverflowError):
             return value
-
-    @field_validator("filter")
-    @classmethod
-    def _positive(cls, value: Any) -> Any:
-        if isinstance(value, float) and not value > 0:
-            raise ValueError("keeps nothing")
-        return value
 
     @field_validator("canaries", mode="before")
     @classmethod
@@ -195,8 +191,6 @@ class TrainConfig(BaseModel):
     @field_validator("canaries")
     @classmethod
     def _counts(cls, value: dict[int, int]) -> dict[int, int]:
-        if any(copies < 0 or number < 1 for copies, number in value.items()):
-            raise ValueError("too few")
         return dict(sorted(value.items()))
 
     @model_validator(mode="after")
@@ -240,4 +234,4 @@ def _sentence(error: ValidationError) -> UsageError:
         return UsageError(f"{name} is missing; a training needs model, data and out.")
     extra = TrainConfig.model_fields[name].json_schema_extra if name in TrainConfig.model_fields else None
     allowed = extra["allowed"] if isinstance(extra, dict) else "a text"
-    return UsageError(f"{name.replace('_', '-')} is {short(repr(first['input']))}, and must be {allowed}.")
+    return UsageError(f"{name.replace('_', '-')} is {shown(first['input'])}, and must be {allowed}.")

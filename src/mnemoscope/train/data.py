@@ -240,4 +240,4 @@ def _beside(folder: Path, picture: str) -> str | None:
 def _texts(value: Any) -> tuple[str, ...]:
     """Captions in a value, blank ones left out."""
     given = value if isinstance(value, list | tuple) else [value]
-    return tuple(dict.fromkeys(t for t in (str(v).strip() for v in given if v is not None) if t))
+    return tuple(dict.fromkeys(t for t in (str(v).strip() for v in given if v is not None and v == v) if t))
