@@ -69,6 +69,52 @@ def test_an_index_that_was_sent_says_what_it_does_not_show(run, pictures, tmp_pa
     assert sentence not in run("index", "info", "refs")[2]
 
 
+def drop_row(folder):
+    (folder / "rows.jsonl").write_bytes(b"".join((folder / "rows.jsonl").read_bytes().splitlines(True)[1:]))
+
+
+def blank_vectors(folder):
+    file = folder / "vectors.bin"
+    file.write_bytes(np.full(file.stat().st_size // 4, np.nan, "<f4").tobytes())
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [(drop_row, "refs/rows.jsonl holds 10 of 11 rows"), (blank_vectors, "refs/vectors.bin is not the file that")],
+)
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["index", "query", "refs", "pictures/5.png"],
+        ["index", "info", "refs"],
+        ["index", "info", "refs", "--json"],
+        ["duplicates", "refs", "--out", "dup"],
+        ["audit", "demo", "--prompts", "prompts.txt", "--reference", "refs", "--out", "run"],
+    ],
+    ids=" ".join,
+)
+def test_an_index_that_does_not_fit_its_manifest_is_one_sentence(run, pictures, tmp_path, change, sentence, words):
+    run("index", "build", "pictures", "--out", "refs", "--descriptor", "pixels")
+    change(tmp_path / "refs")
+    (tmp_path / "prompts.txt").write_text("a small house\n")
+    code, out, err = run(*words)
+    assert (code, out) == (2, "")
+    assert sentence in err
+    assert "Traceback" not in err
+
+
+def test_an_index_says_what_of_it_is_checked(run, pictures, tmp_path):
+    run("index", "build", "pictures", "--out", "refs", "--descriptor", "pixels")
+    assert "checked\tsizes, counts, hashes and lengths of vectors" in run("index", "info", "refs")[1]
+    manifest = tmp_path / "refs/manifest.json"
+    manifest.write_text(json.dumps(json.loads(manifest.read_bytes()) | {"hashes": {}, "rows": None, "vectors": None}))
+    code, out, err = run("index", "info", "refs")
+    assert code == 0
+    assert "no hash is recorded" in out
+    assert "refs records no hash of its rows and vectors" in err
+    assert json.loads(run("index", "info", "refs", "--json")[1])["checked"].endswith("no hash is recorded")
+
+
 def test_queries_of_folders_and_broken_pictures(run, pictures):
     run("index", "build", "pictures", "--out", "refs")
     code, out, _ = run("index", "query", "refs", "pictures", "pictures/zero.png", "--json", "-k", 1)

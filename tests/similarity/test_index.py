@@ -21,10 +21,12 @@ from small_pictures import encoded, fill, smooth
 
 from mnemoscope.audit.batch import Reference
 from mnemoscope.errors import ModelFault, RunError, UnknownName, UsageError
+from mnemoscope.records import once
 from mnemoscope.records.schema import Nearest
 from mnemoscope.similarity import index as indexing
 from mnemoscope.similarity import search, storage
 from mnemoscope.similarity.base import Descriptor, build
+from mnemoscope.similarity.duplicates import find_clusters
 from mnemoscope.similarity.index import ReferenceIndex
 from mnemoscope.similarity.pixels import Pixels
 from mnemoscope.similarity.reference import ReferenceSet
@@ -300,8 +302,26 @@ def edited(folder: Path, **manifest) -> dict:
 
 
 def edit_rows(folder: Path, change) -> None:
+    """Change rows, and the manifest so that it fits them."""
     rows = [change(json.loads(line)) for line in (folder / "rows.jsonl").read_bytes().splitlines()]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    seal(folder)
+
+
+def seal(folder: Path) -> None:
+    """State the hashes of the files as they are now."""
+    names = ("rows.jsonl", "vectors.bin")
+    edited(folder, hashes={name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in names})
+
+
+def unseal(folder: Path) -> None:
+    """Leave out what the manifest of an earlier version lacks."""
+    edited(folder, hashes={}, rows=None, vectors=None)
+
+
+def unfinish(folder: Path) -> None:
+    """The manifest as it is while an index is built, and after a kill."""
+    edited(folder, hashes={}, status="building", ended=None)
 
 
 def test_an_index_from_elsewhere_answers_and_shows_no_pictures_until_their_place_is_named(pictures, tmp_path):
@@ -361,7 +381,10 @@ def test_rows_open_only_what_was_named(pictures, tmp_path, listed):
         ({"vector": None}, "names neither a vector nor an error"),
         ({"vector": "0"}, "names neither a vector nor an error"),
         ({"vector": 10_000_000_000}, "holds 20 of 10000000001 descriptors"),
-        ({"color": "red"}, "holds a damaged row"),
+        ({"color": "red"}, r"line 1 of .*rows\.jsonl is damaged \(it has an unknown key 'color'\)"),
+        ({"error": "empty"}, "names both a vector and an error"),
+        ({"status": "error", "error": "empty"}, "names both a vector and an error"),
+        ({"vector": 2}, "has two rows for one vector, the second for '004.png'"),
         ({"sha256": "../.."}, "holds a damaged row"),
     ],
 )
@@ -381,6 +404,224 @@ def test_vectors_that_do_not_fit_the_manifest_are_one_sentence(pictures, tmp_pat
     edited(tmp_path / "index", **change)
     with pytest.raises(RunError, match=sentence):
         ReferenceIndex(tmp_path / "index")
+
+
+# What the manifest says and what the files hold -----------------------------------------------------------------------------
+
+
+def rewrite(name: str, change):
+    """A change of the bytes of one file."""
+
+    def apply(folder: Path) -> None:
+        (folder / name).write_bytes(change((folder / name).read_bytes()))
+
+    return apply
+
+
+def of_rows(change):
+    return rewrite("rows.jsonl", lambda data: b"".join(change(data.splitlines(keepends=True))))
+
+
+def of_vectors(change):
+    return rewrite(
+        "vectors.bin", lambda data: change(np.frombuffer(data, "<f4").reshape(20, -1)).astype("<f4").tobytes()
+    )
+
+
+ROWS_GONE = {
+    "first row": of_rows(lambda lines: lines[1:]),
+    "row in the middle": of_rows(lambda lines: [*lines[:7], *lines[8:]]),
+    "last row": of_rows(lambda lines: lines[:-1]),
+    "half of the last row": rewrite("rows.jsonl", lambda data: data[:-40]),
+    "all rows": rewrite("rows.jsonl", lambda data: b""),
+}
+OTHER_ROWS = {
+    "rows in another order": of_rows(lambda lines: lines[::-1]),
+    "names swapped": rewrite(
+        "rows.jsonl",
+        lambda data: data.replace(b"001.png", b"x").replace(b"002.png", b"001.png").replace(b"x", b"002.png"),
+    ),
+    "a row twice": of_rows(lambda lines: [*lines, b'{"id": "001.png", "status": "error", "error": "empty"}\n']),
+    "bytes after the rows": rewrite("rows.jsonl", lambda data: data + b"x"),
+}
+OTHER_VECTORS = {
+    "not numbers": of_vectors(lambda v: v * np.nan),
+    "huge": of_vectors(lambda v: v * 0 + 1e30),
+    "in another order": of_vectors(lambda v: v[::-1]),
+    "zero": of_vectors(lambda v: v * 0),
+    "half as long": of_vectors(lambda v: v / 2),
+    "one bit": rewrite("vectors.bin", lambda data: data[:-1] + bytes([data[-1] ^ 1])),
+    "one more": of_vectors(lambda v: np.concatenate([v, v[:1]])),
+    "bytes after them": rewrite("vectors.bin", lambda data: data + b"x" * 5000),
+    "cut off": rewrite("vectors.bin", lambda data: data[:-4]),
+    "none": rewrite("vectors.bin", lambda data: b""),
+    "no file": lambda folder: (folder / "vectors.bin").unlink(),
+}
+LONG_VECTORS = {
+    "not numbers": of_vectors(lambda v: np.where(np.arange(20)[:, None] == 3, np.nan, v)),
+    "infinite": of_vectors(lambda v: np.where(np.arange(20)[:, None] == 3, np.inf, v)),
+    "huge": of_vectors(lambda v: np.where(np.arange(20)[:, None] == 3, 1e30, v)),
+    "twice as long": of_vectors(lambda v: v * (1 + (np.arange(20) == 3))[:, None]),
+    "a little longer": of_vectors(lambda v: v * (1 + 0.002 * (np.arange(20) == 3))[:, None]),
+}
+
+
+def refused(folder: Path, sentence: str) -> None:
+    """Whatever asks the index gets the same sentence."""
+    for attempt in (
+        lambda: ReferenceIndex(folder).nearest(tensor(1)),
+        lambda: find_clusters(IndexFolder(folder), 0.9),
+        lambda: IndexFolder(folder).cautions(),
+    ):
+        with pytest.raises(RunError, match=sentence) as caught:
+            attempt()
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("finish", [lambda folder: None, unseal], ids=["hashes", "earlier version"])
+@pytest.mark.parametrize("change", ROWS_GONE.values(), ids=ROWS_GONE)
+def test_rows_that_are_gone_are_noticed_and_described_again(pictures, tmp_path, change, finish):
+    before = build_index(pictures, tmp_path / "index")
+    before.calibrate(tensor(*range(1000, 1040)), fmr=0.1)
+    finish(tmp_path / "index")
+    change(tmp_path / "index")
+    refused(tmp_path / "index", r"rows\.jsonl holds \d+ of 20 rows.*repeat the command that builds the index")
+    after = build_index(pictures, tmp_path / "index")
+    assert len(after) == 20
+    assert [Path(m.reference).stem for m in after.nearest(tensor(*range(20)))] == [f"{i:03}" for i in range(20)]
+    assert after.threshold == before.threshold
+    assert ReferenceIndex(tmp_path / "index").files.manifest.has_hashes
+
+
+@pytest.mark.parametrize("change", [*OTHER_ROWS.values(), *OTHER_VECTORS.values()], ids=[*OTHER_ROWS, *OTHER_VECTORS])
+def test_files_of_a_finished_index_are_those_that_the_build_left(pictures, tmp_path, change):
+    build_index(pictures, tmp_path / "index")
+    change(tmp_path / "index")
+    sentence = "restore it, or build the index anew in another folder"
+    refused(tmp_path / "index", sentence)
+    manifest = (tmp_path / "index/manifest.json").read_bytes()
+    with pytest.raises(RunError, match=sentence):  # or the next build would vouch for it
+        build_index(fill(pictures, 1, first=50), tmp_path / "index")
+    assert (tmp_path / "index/manifest.json").read_bytes() == manifest
+
+
+@pytest.mark.parametrize("finish", [seal, unseal, unfinish], ids=["sealed", "earlier version", "unfinished"])
+@pytest.mark.parametrize("change", LONG_VECTORS.values(), ids=LONG_VECTORS)
+def test_vectors_that_are_no_descriptors_are_refused_whatever_the_manifest_says(pictures, tmp_path, change, finish):
+    build_index(pictures, tmp_path / "index")
+    change(tmp_path / "index")
+    finish(tmp_path / "index")
+    refused(tmp_path / "index", r"vectors\.bin is damaged \(vector 3 has the length [\w.+]+, and a descriptor has 1\)")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"rows": 21},
+        {"rows": 3},
+        {"vectors": 21},
+        {"vectors": 0},
+        {"pictures": 19},
+        {"rows": -1},
+        {"vectors": "many"},
+        {"dim": "long"},
+        {"dim": -1},
+        {"dim": 10**30},
+        {"dim": None},
+        {"format": 0},
+        {"format": "new"},
+        {"kind": "run"},
+        {"status": "ready"},
+        {"dtype": "<f4"},
+        {"dtype": None},
+        {"hashes": {"rows.jsonl": "0" * 64}},
+        {"hashes": {"vectors.bin": 7}},
+        {"hashes": ["rows.jsonl"]},
+        {"threshold": 7.0},
+        {"layout_threshold": -1e9},
+        {"descriptor": "pixels"},
+        {"sources": {}},
+        {"skipped": [1]},
+    ],
+    ids=json.dumps,
+)
+def test_a_manifest_that_does_not_fit_is_one_sentence(pictures, tmp_path, change):
+    build_index(pictures, tmp_path / "index")
+    edited(tmp_path / "index", **change)
+    refused(tmp_path / "index", "restore it, or")
+
+
+def test_an_index_of_an_earlier_version_answers_and_gets_its_hashes(pictures, tmp_path):
+    build_index(pictures, tmp_path / "index")
+    of_vectors(lambda v: v * (np.arange(20) != 3)[:, None])(tmp_path / "index")  # a plain picture
+    unseal(tmp_path / "index")
+    index = ReferenceIndex(tmp_path / "index")
+    assert index.nearest(tensor(4))[0].reference == "004.png"
+    (caution,) = index.files.cautions()
+    assert "records no hash of its rows and vectors" in caution
+    assert "1 vectors are shorter than 1" in caution
+    assert index.files.checks.endswith("no hash is recorded")
+    files = build_index(pictures, tmp_path / "index").files
+    assert files.cautions() == []
+    assert (files.manifest.rows, files.manifest.vectors, len(files.manifest.hashes)) == (20, 20, 2)
+    OTHER_VECTORS["one bit"](tmp_path / "index")
+    refused(tmp_path / "index", "SHA-256 differs")
+
+
+def test_an_index_that_is_not_finished_says_so(pictures, tmp_path):
+    build_index(pictures, tmp_path / "index")
+    unfinish(tmp_path / "index")
+    (caution,) = ReferenceIndex(tmp_path / "index").files.cautions()
+    assert "is not finished: it answers from 20 pictures" in caution
+
+
+@pytest.mark.parametrize("read", [False, True], ids=["opened", "rows read"])
+@pytest.mark.parametrize("ended", [False, True], ids=["still built", "built"])
+def test_an_index_may_grow_while_it_is_read(pictures, tmp_path, read, ended):
+    build_index(pictures, tmp_path / "index")
+    files = IndexFolder(tmp_path / "index")
+    if read:
+        assert len(files) == 20
+    build_index(fill(pictures, 3, first=40), tmp_path / "index")
+    if not ended:
+        unfinish(tmp_path / "index")
+    assert files.vectors.shape == (23, 768)
+    assert len(files) == 23
+
+
+def test_rows_that_were_replaced_while_an_index_is_open_are_not_mistaken(pictures, tmp_path):
+    index = build_index(pictures, tmp_path / "index")
+    ROWS_GONE["row in the middle"](tmp_path / "index")
+    with pytest.raises(RunError, match=r"has changed since it was opened|holds a damaged row"):
+        index.nearest(tensor(*range(20)))
+
+
+def test_a_file_that_stands_still_is_looked_at_once(pictures, tmp_path, monkeypatch):
+    build_index(pictures, tmp_path / "index")
+    looked: list[str] = []
+    hash_file, examine = storage.hash_file, storage.examine
+    monkeypatch.setattr(storage, "hash_file", lambda path: looked.append(path.name) or hash_file(path))
+    monkeypatch.setattr(storage, "examine", lambda vectors: looked.append("lengths") or examine(vectors))
+    monkeypatch.setattr(once, "SETTLED", -1.0)
+    monkeypatch.setattr(once, "LARGE", 0)
+    first, second = (ReferenceIndex(tmp_path / "index").nearest(tensor(4)) for _ in range(2))
+    assert first == second
+    assert looked == ["rows.jsonl", "vectors.bin", "lengths"]
+    OTHER_VECTORS["one bit"](tmp_path / "index")
+    refused(tmp_path / "index", "SHA-256 differs")
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_no_similarity_is_above_1(pictures, tmp_path, dtype):
+    build_index(pictures, tmp_path / "index", dtype=dtype)
+    files = IndexFolder(tmp_path / "index")
+    longest = (files.vectors.astype(np.float32) * np.float32(1.0009)).astype(files.dtype)
+    (tmp_path / "index/vectors.bin").write_bytes(longest.tobytes())
+    seal(tmp_path / "index")
+    matches = ReferenceIndex(tmp_path / "index").nearest(tensor(*range(20)))
+    assert max(m.similarity for m in matches) == 1
+    with pytest.raises(ModelFault, match="longer than 1"):
+        ReferenceIndex(tmp_path / "index", Odd("long")).nearest(tensor(1))
 
 
 @pytest.mark.parametrize("name", ["manifest.json", "rows.jsonl", "vectors.bin"])
@@ -448,6 +689,7 @@ def test_torn_ends_are_cut_off(tmp_path_factory, cut, torn):
     rows = folder / "index" / "rows.jsonl"
     rows.write_bytes(whole[0][:-cut] + torn)
     (folder / "index" / "vectors.bin").write_bytes(whole[1] + b"half a vector")
+    unfinish(folder / "index")
     assert len(IndexFolder(folder / "index")) <= 6, "a reader sees what is whole"
     index = build_index(source, folder / "index")
     assert content(folder / "index") == whole
@@ -463,11 +705,13 @@ def test_damage_in_the_middle_is_named(pictures, tmp_path):
         ReferenceIndex(tmp_path / "index")
     # As the message says: without that line, only its picture is described again.
     rows.write_bytes(b"".join([*lines[:3], *lines[4:]]))
-    assert len(ReferenceIndex(tmp_path / "index")) == 19
+    with pytest.raises(RunError, match=r"holds 19 of 20 rows.*repeat the command that builds the index"):
+        ReferenceIndex(tmp_path / "index")
     lost = json.loads(lines[3])["id"]
     index = build_index(pictures, tmp_path / "index")
     assert len(index) == 20
     assert len(index.files.vectors) == 21
+    assert "1 rows of the last build were gone" in index.files.manifest.notes[0]
     (match,) = index.nearest(tensor(int(Path(lost).stem)))
     assert match.reference == lost
     assert match.similarity == pytest.approx(1, abs=1e-5)

@@ -203,6 +203,7 @@ def build_index(
 
 def show_index(files: IndexFolder, *, as_json: bool) -> None:
     """What an index holds."""
+    cautions = files.cautions()  # before the manifest is taken: what does not fit it is refused
     m, skipped = files.manifest, files.skipped()
     if as_json:
         facts = {
@@ -210,6 +211,7 @@ def show_index(files: IndexFolder, *, as_json: bool) -> None:
             "pictures": len(files),
             "skipped": skipped,
             "search": _search(files),
+            "checked": files.checks,
         }
         screen.show_json(m.model_dump(mode="json") | facts)
         return
@@ -226,11 +228,12 @@ def show_index(files: IndexFolder, *, as_json: bool) -> None:
         ["descriptor", m.descriptor.name],
         ["vectors", f"{m.dim or 0} × {m.dtype}"],
         ["search", _search(files)],
+        ["checked", files.checks],
         ["threshold", calibrated],
         *(["source", str(s.get("path", s["kind"]))] for s in m.sources),
     ]
     screen.table(["what", "found"], rows, wrap=True)
-    for note in [*m.notes, *files.cautions()]:
+    for note in [*m.notes, *cautions]:
         screen.say(note)
 
 

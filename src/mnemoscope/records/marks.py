@@ -22,7 +22,7 @@ from filelock import FileLock, Timeout
 
 from .files import open_regular
 
-__all__ = ["has_mark", "mark_of"]
+__all__ = ["has_mark", "mark_of", "state_folder"]
 
 SIZE = 32
 """Bytes of a key."""
@@ -49,13 +49,17 @@ def has_mark(kind: str, facts: Mapping[str, Any]) -> bool:
 def _key() -> bytes:
     """The user's key, made when it is first needed."""
     try:
-        return _stored_key(_folder() / "key")
+        return _stored_key(state_folder() / "key")
     except (OSError, RuntimeError, Timeout):  # RuntimeError: the user has no home
         return secrets.token_bytes(SIZE)
 
 
-def _folder() -> Path:
-    """The user's state folder for mnemoscope; the XDG rules say that a relative path in the variable does not count."""
+def state_folder() -> Path:
+    """The user's state folder for mnemoscope; the XDG rules say that a relative path in the variable does not count.
+
+    Raises:
+        RuntimeError: the user has no home.
+    """
     named = Path(os.environ.get("XDG_STATE_HOME", ""))
     return (named if named.is_absolute() else Path.home() / ".local" / "state") / "mnemoscope"
 

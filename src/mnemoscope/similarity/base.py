@@ -13,6 +13,8 @@ from PIL import Image
 from torch import Tensor
 
 from .. import plugins
+from ..errors import ModelFault
+from .lengths import LONGEST
 
 __all__ = [
     "DEFAULT",
@@ -23,7 +25,9 @@ __all__ = [
     "as_tensor",
     "build",
     "build_from_document",
+    "describe",
     "matched",
+    "too_long",
 ]
 
 Pictures: TypeAlias = Float[Tensor, "batch 3 height width"]
@@ -94,9 +98,33 @@ class Match:
 
 
 def matched(reference: str, similarity: float, descriptor: str, threshold: float | None) -> Match:
-    """A match; a copy is *above* the calibrated threshold, and without one no copy is called."""
+    """A match; a copy is *above* the calibrated threshold, and without one no copy is called.
+
+    What rounding of stored vectors adds beyond −1 or 1 is cut off.
+    """
+    similarity = min(max(similarity, -1.0), 1.0)
     found = None if threshold is None else similarity > threshold
     return Match(reference, round(similarity, 6), descriptor, threshold, found)
+
+
+def describe(descriptor: Descriptor, images: Pictures) -> Vectors:
+    """Descriptors of pictures in [0, 1].
+
+    Raises:
+        ModelFault: one is not finite, or longer than 1: it would be similar to nothing, or to anything.
+    """
+    with torch.no_grad():
+        vectors = descriptor(images).float()
+    if not bool(torch.isfinite(vectors).all()):
+        raise ModelFault(f"{descriptor.name} gives NaN or infinity for a picture; check its weights, and the picture.")
+    if bool((vectors.norm(dim=1) > LONGEST).any()):
+        raise too_long(descriptor)
+    return vectors
+
+
+def too_long(descriptor: Descriptor) -> ModelFault:
+    """What is wrong with a descriptor whose vectors are longer than 1."""
+    return ModelFault(f"{descriptor.name} gives vectors longer than 1; similarity is the dot product of unit vectors.")
 
 
 def as_tensor(picture: Image.Image, least: int = 512) -> Float[Tensor, "1 3 height width"]:

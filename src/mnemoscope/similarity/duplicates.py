@@ -221,7 +221,7 @@ def _largest_first(labels: Labels) -> Labels:
 def cohesion(index: IndexFolder, members: Labels, most: int = 1000) -> float:
     """The least similarity between two members of a cluster (of its first 1000): how far single linkage has wandered."""
     vectors = np.asarray(index.vectors[members[:most]], np.float32)
-    return round(float((vectors @ vectors.T).min()), 4)
+    return min(round(float((vectors @ vectors.T).min()), 4), 1.0)
 
 
 # What people look at ------------------------------------------------------------------------------------------------------

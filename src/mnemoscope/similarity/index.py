@@ -30,8 +30,9 @@ from ..errors import ModelFault, RunError, UsageError
 from ..records.files import hash_file
 from ..records.store import differences, explained, whole
 from ..stats import least_ordinary, threshold_at_fpr
-from .base import DEFAULT, Descriptor, Match, Pictures, build, build_from_document, matched
+from .base import DEFAULT, Descriptor, Match, Pictures, build, build_from_document, describe, matched, too_long
 from .layout import CANDIDATES, Layouts, thumbnail, with_layouts
+from .lengths import LONGEST
 from .reading import Anything, Entry, Reading, Source, open_source, read
 from .search import FLAT, Searcher, build_inverted, has_faiss
 from .storage import (
@@ -280,11 +281,7 @@ class ReferenceIndex:
         return torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 255
 
     def _described(self, images: Pictures) -> Float[np.ndarray, "batch dim"]:
-        with torch.inference_mode():
-            vectors = self.descriptor(images).float().cpu().numpy()
-        if not np.isfinite(vectors).all():
-            raise ModelFault(f"{self.name} gives NaN or infinity for a picture; check its weights, and the picture.")
-        return vectors
+        return describe(self.descriptor, images).cpu().numpy()
 
     def _matches(self, vectors: Float[np.ndarray, "batch dim"], k: int) -> list[list[Match]]:
         if not len(self):
@@ -321,10 +318,8 @@ def _describe(
     with torch.inference_mode():
         vectors = _by_shape(descriptor, prepared)
     finite = np.isfinite(vectors).all(1)
-    if (np.linalg.norm(vectors[finite], axis=1) > 1.001).any():
-        raise ModelFault(
-            f"{descriptor.name} gives vectors longer than 1; similarity is the dot product of unit vectors."
-        )
+    if (np.linalg.norm(vectors[finite], axis=1) > LONGEST).any():
+        raise too_long(descriptor)
     return vectors, finite
 
 
@@ -470,7 +465,8 @@ class _Session:
         """
         files = IndexFolder(self.files.folder)
         large = has_faiss() and len(files.vectors) >= FLAT
-        if not self.appended and files.manifest.status == "done" and not (large and files.usable_inverted() is None):
+        rebuilt = large and files.usable_inverted() is None
+        if not self.appended and files.manifest.status == "done" and files.manifest.is_complete and not rebuilt:
             return files
         grown = len(files) != files.manifest.pictures
         changes: dict[str, Any] = {"notes": self._notes(grown)}
@@ -482,6 +478,8 @@ class _Session:
         files.update(
             status="done",
             pictures=len(files),
+            rows=files.contents.rows,
+            vectors=len(files.vectors),
             skipped=files.skipped(),
             hashes={name: hash_file(files.folder / name) for name in names},
             versions=_versions(),
@@ -492,6 +490,11 @@ class _Session:
 
     def _notes(self, grown: bool) -> list[str]:
         notes = []
+        if self.writer.lost:
+            notes.append(
+                f"{self.writer.lost:,} rows of the last build were gone; pictures of this source that lacked one were described again. If "
+                f"the index has other sources, build from each of them again."
+            )
         if self.changed:
             notes.append(
                 f"{len(self.changed)} files changed since they were indexed and were not indexed again (first: {self.changed[0]}); "

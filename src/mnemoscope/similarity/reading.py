@@ -821,14 +821,14 @@ def _saved_files(folder: Path) -> Iterator[tuple[str, Path]]:
                     raise ValueError(f"{name!r:.200} is listed twice")
                 names.add(name)
                 yield name, file_inside(folder, name)
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as e:
-        if isinstance(e, OSError):
-            why = f"{e.filename}: {e.strerror}"
-        else:
-            why = str(e) if isinstance(e, ValueError) else repr(e)
-        raise UsageError(
-            f"{folder} does not list the files of a data set that lie in it ({why}); save it again."
-        ) from e
+    except OSError as e:
+        raise _no_list(folder, f"{e.filename}: {e.strerror}") from e
+    except (ValueError, KeyError, TypeError) as e:
+        raise _no_list(folder, str(e)) from e
+
+
+def _no_list(folder: Path, why: str) -> UsageError:
+    return UsageError(f"{folder} does not list the files of a data set that lie in it ({why}); save it again.")
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import stats
 from ..errors import UsageError
-from .base import DEFAULT, Descriptor, Match, Pictures, build, matched
+from .base import DEFAULT, Descriptor, Match, Pictures, build, describe, matched
 from .fingerprint import resized
 from .layout import CANDIDATES, Layouts, with_layouts
 
@@ -47,7 +47,7 @@ class ReferenceSet:
     def of(cls, ids: Sequence[str], images: Pictures, descriptor: Descriptor | None = None) -> ReferenceSet:
         """From pictures in [0, 1]."""
         descriptor = build(DEFAULT) if descriptor is None else descriptor
-        return cls(ids, descriptor(images), descriptor, small=images)
+        return cls(ids, describe(descriptor, images), descriptor, small=images)
 
     @property
     def name(self) -> str:
@@ -59,7 +59,7 @@ class ReferenceSet:
 
     def similarities(self, images: Pictures) -> Float[Tensor, "batch n"]:
         """Every picture against every reference."""
-        return self.descriptor(images) @ self.vectors.T
+        return describe(self.descriptor, images) @ self.vectors.T
 
     def calibrate(self, different: Pictures, *, fmr: float = 0.01) -> float:
         """Set and return the similarity that the *nearest* reference of a different picture exceeds with probability ≤ ``fmr``.

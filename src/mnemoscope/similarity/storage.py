@@ -9,6 +9,9 @@
 The JSON lines are the truth: a vector without a row is no result, and the next writer cuts it off. Vectors are therefore
 written, and on the disk, before their rows.
 
+A build that ends writes counts and hashes into the manifest. From then on, what the other files hold is compared with it before
+anything is answered: a row that is gone would hide a copy, and nobody would know. While an index is being built, rows are ahead of it.
+
 An index may come from somebody else, and says where its pictures are. Only places that this user has named are opened, and only an
 inverted file that this user has built is loaded: sources, single files and ``search`` carry a mark (:mod:`~mnemoscope.records.marks`).
 """
@@ -16,16 +19,15 @@ inverted file that this user has built is loaded: sources, single files and ``se
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from array import array
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import numpy as np
 from filelock import FileLock, Timeout
@@ -34,11 +36,14 @@ from PIL import Image
 from pydantic import ConfigDict, Field, ValidationError, field_validator
 
 from ..errors import RunError, UnknownName, UsageError
+from ..parsing import ParseError, parse_json, through_json
 from ..records.files import file_inside, hash_file, open_inside
 from ..records.marks import has_mark, mark_of
+from ..records.once import compute_once
 from ..records.schema import Record
-from ..records.store import explained, first_error, in_use, read_document, sound_lines, write_all, write_whole
+from ..records.store import explained, first_error, in_use, read_document, short, sound_lines, write_all, write_whole
 from . import search
+from .lengths import Lengths, examine
 from .reading import Anything, Source, open_source, picture_of, reopened
 
 __all__ = [
@@ -63,6 +68,15 @@ SOURCE, FILE = "source", "file"
 TRIED = 16
 """Pictures that are looked for in a place that is said to hold those of an index."""
 
+REOPENED = 3
+"""Times that an index is looked at again because another process has written it meanwhile."""
+
+Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+Similarity = Annotated[float, Field(ge=-1.01, le=1.01)]
+"""Earlier versions did not round similarities down to 1."""
+
+RESTORE = "restore it, or build the index anew in another folder"
+"""What to do where a file of an index is not what it was."""
 
 SOURCE_KEYS = {"kind", "path", "column", "id_column", "prefix", "mark"}
 """What a manifest says of a source."""
@@ -84,11 +98,11 @@ class Calibrated(Record):
 
     model_config = ConfigDict(allow_inf_nan=False)
 
-    fmr: float
+    fmr: float = Field(gt=0, lt=1)
     """Stated false-match rate: a different picture's nearest reference is above the threshold with at most this probability."""
-    different: int
+    different: int = Field(ge=0)
     """Pictures known not to be in the set that were looked up."""
-    references: int
+    references: int = Field(ge=0)
     """Pictures that were in the set: in a larger one, something similar is found more often."""
     source: str = ""
 
@@ -98,13 +112,13 @@ class IndexManifest(Record):
 
     model_config = ConfigDict(allow_inf_nan=False)
 
-    format: int = FORMAT
+    format: int = Field(default=FORMAT, ge=1, le=FORMAT)
     kind: Literal["index"] = "index"
     status: Literal["building", "done"] = "building"
     descriptor: DescriptorRecord
     dtype: Literal["float16", "float32"] = "float32"
-    dim: int | None = Field(default=None, ge=1)
-    """Length of a vector; None: there is none yet."""
+    dim: int | None = Field(default=None, ge=1, le=1 << 24)
+    """Numbers in a vector; None: there is none yet."""
     sources: list[dict[str, Any]] = Field(default_factory=list)
     """What rows' ``source`` counts. ``mark``: of the user who named it."""
 
@@ -118,16 +132,20 @@ class IndexManifest(Record):
                 raise ValueError("what a source is, and where, must be texts")
         return value
 
-    pictures: int = 0
+    pictures: int = Field(default=0, ge=0)
     """Pictures with a vector, when the last build ended; as all counts here."""
+    rows: int | None = Field(default=None, ge=0)
+    """Lines of ``rows.jsonl``; None: an earlier version ended the last build, or none has ended."""
+    vectors: int | None = Field(default=None, ge=0)
+    """Vectors in ``vectors.bin``, with those whose row is gone; None: as for ``rows``."""
     skipped: dict[str, int] = Field(default_factory=dict)
     """Pictures without one, by the kind of reason."""
     notes: list[str] = Field(default_factory=list)
     """What a reader must know about the last build."""
-    hashes: dict[str, str] = Field(default_factory=dict)
-    """SHA-256 of the other files, when the last build ended."""
-    threshold: float | None = None
-    layout_threshold: float | None = None
+    hashes: dict[str, Digest] = Field(default_factory=dict)
+    """SHA-256 of the other files, when the last build ended; empty while the next one runs."""
+    threshold: Similarity | None = None
+    layout_threshold: Similarity | None = None
     """Similarity above which the nearest reference is called the origin of a copy; None: not calibrated."""
     calibration: Calibrated | None = None
     search: dict[str, Any] | None = None
@@ -135,6 +153,16 @@ class IndexManifest(Record):
     versions: dict[str, str] = Field(default_factory=dict)
     started: str = ""
     ended: str | None = None
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether all counts and hashes are there."""
+        return self.has_hashes and None not in (self.rows, self.vectors)
+
+    @property
+    def has_hashes(self) -> bool:
+        """Whether rows and vectors can be compared with those that the last build left."""
+        return {ROWS, VECTORS} <= self.hashes.keys()
 
 
 class IndexRow(Record):
@@ -217,21 +245,53 @@ class _Contents:
         offsets: Where the row of each vector begins; −1: no row has it.
         skipped: Pictures without a vector, and why.
         described: Pictures with one.
+        rows: Lines.
+        repeated: The first picture whose vector an earlier row names too.
     """
 
     offsets: array[int] = field(default_factory=lambda: array("q"))
     skipped: dict[str, str] = field(default_factory=dict)
     described: int = 0
+    rows: int = 0
+    repeated: str | None = None
 
     def note(self, head: dict[str, Any], offset: int) -> None:
         if head["status"] == "ok":
             gap = head["vector"] + 1 - len(self.offsets)
             self.offsets.extend([-1] * gap)
-            self.described += self.offsets[head["vector"]] < 0
+            if self.offsets[head["vector"]] >= 0 and self.repeated is None:
+                self.repeated = head["id"]
+            self.described += 1
             self.offsets[head["vector"]] = offset
             self.skipped.pop(head["id"], None)
         else:
             self.skipped[head["id"]] = head["error"]
+
+    @property
+    def counts(self) -> Counts:
+        return Counts(self.rows, self.described, len(self.offsets))
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What the rows of an index add up to.
+
+    Attributes:
+        rows: Lines.
+        pictures: Pictures with a vector.
+        vectors: Vectors, up to the last one that a row names.
+    """
+
+    rows: int
+    pictures: int
+    vectors: int
+
+    def lost(self, manifest: IndexManifest) -> int:
+        """Rows that are gone since the last build ended."""
+        return manifest.pictures - self.pictures if manifest.rows is None else manifest.rows - self.rows
+
+
+Value = TypeVar("Value")
 
 
 class IndexFolder:
@@ -248,9 +308,11 @@ class IndexFolder:
         self.folder = Path(folder)
         self.manifest = self._read_manifest()
         self._sources: dict[int, Source | None] = {}
+        self._lengths: Lengths | None = None
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({str(self.folder)!r}, {self.manifest.descriptor.name}, {len(self)} pictures)"
+        facts = self.manifest
+        return f"{type(self).__name__}({str(self.folder)!r}, {facts.descriptor.name}, {facts.status}, {facts.pictures} pictures)"
 
     @classmethod
     def exists(cls, folder: str | Path) -> bool:
@@ -277,7 +339,7 @@ class IndexFolder:
 
     def _read_manifest(self) -> IndexManifest:
         missing = f"{self.folder} holds no index (no {MANIFEST}); make one with `mnemoscope index build`."
-        path, cure = self.folder / MANIFEST, "build the index anew"
+        path, cure = self.folder / MANIFEST, "build the index anew in another folder"
         return read_document(path, IndexManifest, FORMAT, missing, "no index", cure, folder=self.folder)
 
     def update(self, **changes: Any) -> None:
@@ -294,9 +356,35 @@ class IndexFolder:
 
     @cached_property
     def contents(self) -> _Contents:
-        """One pass over the rows, when first asked for: eight bytes of memory per picture."""
+        """One pass over the rows, when first asked for: eight bytes of memory per picture.
+
+        Raises:
+            RunError: they are damaged, or not those that the manifest speaks of.
+        """
+        return self._settled(self._read_contents)
+
+    def _settled(self, read: Callable[[], Value]) -> Value:
+        """What ``read`` gives; where it refuses, once more if another process has written the index meanwhile."""
+        for _ in range(REOPENED):
+            try:
+                return read()
+            except RunError:
+                before = self.manifest
+                self.refresh()
+                if self.manifest == before:
+                    raise
+        return read()
+
+    def refresh(self) -> None:
+        """Read the manifest again, and the rows when they are next asked for."""
+        self.manifest = self._read_manifest()
+        for name in ("contents", "alive"):
+            self.__dict__.pop(name, None)
+
+    def _read_contents(self) -> _Contents:
         found, stored, spoken_of = _Contents(), self.stored(), 0
         for head, offset, _ in _heads(self.folder / ROWS):
+            found.rows += 1
             if head["status"] == "ok":
                 spoken_of = max(spoken_of, head["vector"] + 1)
                 if spoken_of > stored:
@@ -304,7 +392,44 @@ class IndexFolder:
             if spoken_of <= stored:  # memory is taken only for vectors that are there
                 found.note(head, offset)
         self.require(stored, spoken_of)
+        if found.repeated is not None:
+            raise RunError(
+                f"{self.folder / ROWS} has two rows for one vector, the second for {short(found.repeated)!r}; {RESTORE}."
+            )
+        if self.manifest.status == "done":
+            self.require_rows(found.counts)
         return found
+
+    def require_rows(self, counts: Counts) -> None:
+        """Raises RunError where the rows are not those that the last build left."""
+        path, manifest = self.folder / ROWS, self.manifest
+        if (lost := counts.lost(manifest)) > 0:
+            raise RunError(
+                f"{path} holds {counts.rows:,} of {counts.rows + lost:,} rows, and copies of the missing pictures would not be found; "
+                f"restore it, or repeat the command that builds the index: it describes them again."
+            )
+        stated = Counts(
+            counts.rows if manifest.rows is None else manifest.rows,
+            manifest.pictures,
+            counts.vectors if manifest.vectors is None else manifest.vectors,
+        )
+        if counts != stated:
+            raise RunError(f"{path} has {_in_words(counts)}, and {MANIFEST} speaks of {_in_words(stated)}; {RESTORE}.")
+        self.require_hash(ROWS)
+
+    def require_hash(self, name: str) -> None:
+        """Raises RunError where a file is not the one that the last build left. A large one is read once as long as it stands still."""
+        stated = self.manifest.hashes.get(name)
+        if stated is None:
+            return
+        try:
+            same = compute_once(file_inside(self.folder, name), "sha256", hash_file) == stated
+        except OSError as e:
+            raise _unusable(self.folder / name, e) from None
+        if not same:
+            raise RunError(
+                f"{self.folder / name} is not the file that {MANIFEST} speaks of (its SHA-256 differs); {RESTORE}."
+            )
 
     def stored(self) -> int:
         """How many vectors the file holds.
@@ -319,9 +444,7 @@ class IndexFolder:
         """Raises RunError where the file holds fewer vectors than rows speak of."""
         if stored < spoken_of:
             path = self.folder / VECTORS
-            raise RunError(
-                f"{path} holds {stored} of {spoken_of} descriptors; restore the file, or build the index anew."
-            )
+            raise RunError(f"{path} holds {stored} of {spoken_of} descriptors; {RESTORE}.")
 
     def _size(self, name: str) -> int:
         """Bytes of a file of the index; 0 where there is none."""
@@ -339,24 +462,36 @@ class IndexFolder:
 
     @cached_property
     def vectors(self) -> Float[np.ndarray, "n dim"]:
-        """All vectors, memory-mapped.
+        """All vectors, memory-mapped: finite, and no longer than 1.
 
         Raises:
             RunError: the file does not hold what rows and manifest speak of.
         """
-        n, dim = len(self.contents.offsets), self.manifest.dim
-        if not n or dim is None:
-            return np.empty((0, dim or 1), self.dtype)
+        return self._settled(self._read_vectors)
+
+    def _read_vectors(self) -> Float[np.ndarray, "n dim"]:
+        n, dim, done = len(self.contents.offsets), self.manifest.dim, self.manifest.status == "done"
         self.require(self.stored(), n)
-        asked, size = n * dim * self.dtype.itemsize, self._size(VECTORS)
-        if (
-            size != asked and self._read_manifest().status == "done"
-        ):  # while it is being built, vectors come before their rows
+        asked, size = n * (dim or 0) * self.dtype.itemsize, self._size(VECTORS)
+        if size != asked and done:  # while it is being built, vectors come before their rows
             raise RunError(
-                f"{self.folder / VECTORS} has {size:,} bytes, and the {n:,} descriptors of length {dim} that rows speak of have "
-                f"{asked:,} in {self.manifest.dtype}; restore the folder, or build the index anew."
+                f"{self.folder / VECTORS} has {size:,} bytes, and the {n:,} descriptors of length {dim or 0} that rows speak of have "
+                f"{asked:,} in {self.manifest.dtype}; {RESTORE}."
             )
-        return np.memmap(file_inside(self.folder, VECTORS), self.dtype, "r", shape=(n, dim))
+        if done:
+            self.require_hash(VECTORS)
+        if not asked or dim is None:
+            return np.empty((0, dim or 1), self.dtype)
+        path = file_inside(self.folder, VECTORS)
+        vectors = np.memmap(path, self.dtype, "r", shape=(n, dim))
+        what = f"lengths of {n} vectors of {dim} {self.manifest.dtype}"
+        self._lengths = Lengths(**compute_once(path, what, lambda _: asdict(examine(vectors))))
+        if self._lengths.faulty is not None:
+            raise RunError(
+                f"{self.folder / VECTORS} is damaged (vector {self._lengths.faulty} has the length {self._lengths.length}, and a "
+                f"descriptor has 1); {RESTORE}."
+            )
+        return vectors
 
     @property
     def dtype(self) -> np.dtype[Any]:
@@ -365,7 +500,7 @@ class IndexFolder:
 
     @cached_property
     def alive(self) -> Bool[np.ndarray, " n"]:
-        """Which vectors belong to a picture. All of them, unless somebody deleted rows."""
+        """Which vectors belong to a picture. All of them, unless damaged rows were deleted and their pictures described again."""
         return np.array(self.contents.offsets, np.int64) >= 0
 
     def row(self, number: int) -> IndexRow:
@@ -373,9 +508,12 @@ class IndexFolder:
         try:
             with open_inside(self.folder, ROWS) as file:
                 file.seek(self.contents.offsets[number])
-                return self._parsed(file.readline())
+                row = self._parsed(file.readline())
         except OSError as e:
             raise _unusable(self.folder / ROWS, e) from None
+        if row.vector != number:
+            raise RunError(f"{self.folder / ROWS} has changed since it was opened; open the index again.")
+        return row
 
     def rows(self) -> Iterator[IndexRow]:
         """Every row, one in memory at a time. A picture that could not be read may have several; the last one counts."""
@@ -391,11 +529,10 @@ class IndexFolder:
 
     def _parsed(self, raw: bytes) -> IndexRow:
         try:
-            return IndexRow.model_validate_json(raw)
-        except ValidationError as e:
-            raise RunError(
-                f"{self.folder / ROWS} holds a damaged row ({first_error(e)}); restore it, or build the index anew."
-            ) from None
+            return IndexRow.model_validate(parse_json(raw))
+        except (ParseError, ValidationError) as e:
+            why = first_error(e) if isinstance(e, ValidationError) else e
+            raise RunError(f"{self.folder / ROWS} holds a damaged row ({why}); {RESTORE}.") from None
 
     # Its pictures -----------------------------------------------------------------------------------------------------------
 
@@ -476,7 +613,7 @@ class IndexFolder:
         return None if same and facts["dim"] == self.manifest.dim else "it is not the one that its manifest speaks of"
 
     def cautions(self) -> list[str]:
-        """What of the index is not used, because it may be somebody else's: sentences, each with its cure."""
+        """What of the index is not used or not certain, because it may be somebody else's: sentences, each with its cure."""
         found = []
         if any(not self._is_confirmed(row) for row in self._first_rows()):
             found.append(
@@ -487,7 +624,27 @@ class IndexFolder:
             found.append(
                 f"{self.inverted} is not used ({why}), so every picture is compared; the next `mnemoscope index build` makes it again."
             )
+        if self.manifest.status == "building":
+            found.append(
+                f"{self.folder} is not finished: it answers from {len(self):,} pictures; the command that builds it continues."
+            )
+        elif not self.manifest.has_hashes:
+            few = self._lengths.short if self._lengths is not None else 0
+            found.append(
+                f"{self.folder} records no hash of its rows and vectors, so changes of them may stay unseen"
+                + (f" ({few:,} vectors are shorter than 1, as those of plain pictures are)" if few else "")
+                + "; the next `mnemoscope index build` records them."
+            )
         return found
+
+    @property
+    def checks(self) -> str:
+        """What of rows and vectors was compared with the manifest, in words."""
+        if self.manifest.status == "building":
+            return "sizes and lengths of vectors; counts and hashes are recorded when the build ends"
+        if not self.manifest.has_hashes:
+            return "sizes, counts and lengths of vectors; no hash is recorded"
+        return "sizes, counts, hashes and lengths of vectors"
 
     def _first_rows(self) -> Iterator[IndexRow]:
         """One row of each source."""
@@ -518,29 +675,41 @@ def built_inverted(path: Path, facts: Mapping[str, Any]) -> dict[str, Any]:
         path: The file.
         facts: What :func:`~mnemoscope.similarity.search.build_inverted` says of it.
     """
-    record = json.loads(json.dumps(dict(facts) | {"size": path.stat().st_size, "sha256": hash_file(path)}))
+    record = through_json(dict(facts) | {"size": path.stat().st_size, "sha256": hash_file(path)})
     return record | {"mark": mark_of(INVERTED, record)}
 
 
 def _unusable(path: Path, error: OSError) -> RunError:
-    return RunError(f"{path} cannot be used ({error.strerror or error}); restore it, or build the index anew.")
+    return RunError(f"{path} cannot be used ({error.strerror or error}); {RESTORE}.")
+
+
+ROW_KEYS = frozenset(IndexRow.model_fields)
 
 
 def _heads(path: Path) -> Iterator[tuple[dict[str, Any], int, bytes]]:
     """Each sound row as plain values, where it begins, and its bytes."""
     for line in sound_lines(path):
-        head = line.head
-        if head["status"] == "ok":
-            vector = head.get("vector")
-            sound = isinstance(vector, int) and not isinstance(vector, bool) and vector >= 0
-        else:
-            sound = isinstance(head.get("error"), str)
-        if not sound:
+        if (why := _damage(line.head)) is not None:
             raise RunError(
-                f"line {line.number} of {path} is damaged (it names neither a vector nor an error); delete that line and repeat the "
-                f"command that builds the index."
+                f"line {line.number} of {path} is damaged ({why}); delete that line and repeat the command that builds the index."
             )
-        yield head, line.end - len(line.raw), line.raw
+        yield line.head, line.end - len(line.raw), line.raw
+
+
+def _damage(head: Mapping[str, Any]) -> str | None:
+    """Why plain values are no row; None: they may be one."""
+    if not head.keys() <= ROW_KEYS:
+        return f"it has an unknown key {short(min(head.keys() - ROW_KEYS))!r}"
+    vector, error = head.get("vector"), head.get("error")
+    if vector is not None and error is not None:
+        return "it names both a vector and an error"
+    is_number = isinstance(vector, int) and not isinstance(vector, bool) and vector >= 0
+    sound = is_number if head["status"] == "ok" else isinstance(error, str)
+    return None if sound else "it names neither a vector nor an error"
+
+
+def _in_words(counts: Counts) -> str:
+    return f"{counts.rows:,} rows, {counts.pictures:,} of them with a descriptor, and {counts.vectors:,} vectors"
 
 
 def _save(folder: Path, manifest: IndexManifest) -> None:
@@ -554,14 +723,16 @@ class IndexWriter:
         known: The pictures that rows speak of.
         unread: Those whose bytes could not be had, with the reason.
         vectors: How many vectors there are.
+        lost: Rows that were gone when it was opened, of an index that was done.
 
     Raises:
-        RunError: another process writes this index, the disk is full, or a file is damaged.
+        RunError: another process writes this index, the disk is full, or a file is damaged or not the one that the last build left.
     """
 
     def __init__(self, index: IndexFolder):
         self.index, self.known = index, Ledger()
         self.unread: dict[str, str] = {}
+        self.lost = 0
         self._lock = FileLock(index.folder / ".lock", timeout=0)
 
     def __enter__(self) -> IndexWriter:
@@ -570,6 +741,7 @@ class IndexWriter:
         except Timeout:
             raise in_use(self.index.folder) from None
         try:
+            self.index.refresh()  # another process may have written it before we had the lock
             self._take_stock()
             with explained(self.index.folder):
                 self._rows = _Appended(self.index.folder / ROWS, self._end)
@@ -585,10 +757,12 @@ class IndexWriter:
         self._lock.release()
 
     def _take_stock(self) -> None:
-        self._end = self.vectors = 0
+        self._end = self.vectors = rows = pictures = 0
         for head, offset, raw in _heads(self.index.folder / ROWS):
             self._end = offset + len(raw)
+            rows += 1
             if head["status"] == "ok":
+                pictures += 1
                 self.vectors = max(self.vectors, head["vector"] + 1)
             if "sha256" in head:
                 state = Ledger.DESCRIBED if head["status"] == "ok" else Ledger.SKIPPED
@@ -597,6 +771,20 @@ class IndexWriter:
             else:
                 self.unread[head["id"]] = head["error"]
         self.index.require(self.index.stored(), self.vectors)
+        if self.index.manifest.status == "done":
+            self._require_last(Counts(rows, pictures, self.vectors))
+
+    def _require_last(self, counts: Counts) -> None:
+        """Hold an index that was done against its manifest, before it is added to: what does not fit would pass for sound afterwards.
+
+        Rows that are gone are no reason to refuse, because their pictures are described again.
+        """
+        self.index.require_hash(VECTORS)
+        self.lost = max(counts.lost(self.index.manifest), 0)
+        if self.lost:
+            self.index.update(status="building", ended=None, hashes={})
+        else:
+            self.index.require_rows(counts)
 
     @property
     def _stride(self) -> int:

@@ -6,6 +6,7 @@ it (as the training of Rombach et al., CVPR 2022, does); a mirrored picture is e
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,8 @@ from torch import Tensor
 
 from ..mitigate.captions import CaptionAugmentation, noise_embeddings
 from ..models.host import DiffusersTarget
+from ..records.files import hash_file, read_regular
+from ..records.once import compute_once
 from ..records.store import digest, whole, write_whole
 from ..types import Latents
 from .data import TrainingSet
@@ -58,7 +61,7 @@ def encode_pictures(
         data: The pictures.
         side: In pixels.
         flip: Encode mirrored pictures too.
-        file: Where latents are kept when they take more memory than ``gigabytes``; a finished one is used again.
+        file: Where latents are kept when they take more memory than ``gigabytes``; a finished one that still has its bytes is used again.
         gigabytes: 0 writes the file in any case.
         tell: Called with the number of pictures done.
 
@@ -71,17 +74,30 @@ def encode_pictures(
         _fill(moments, target, data, side, tell)
         return LatentCache(moments)
     key = digest([data.digest(), shape, str(target.vae.dtype), target.origin.source, target.origin.revision])
-    mark = file.with_suffix(".key")
+    record = file.with_suffix(".key")
     file.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(file.with_name(f".lock-{file.stem}")):  # of several processes the first one encodes
-        if not (file.is_file() and mark.is_file() and mark.read_text("utf-8") == key):
-            mark.unlink(missing_ok=True)
+        if not _holds(file, record, key, 4 * math.prod(shape)):
+            record.unlink(missing_ok=True)
             with whole(file) as half:
                 moments = np.memmap(half, np.float32, "w+", shape=shape)
                 _fill(moments, target, data, side, tell)
                 moments.flush()
-            write_whole(mark, key.encode())
+            write_whole(record, _recorded(file, key))
     return LatentCache(np.memmap(file, np.float32, "r", shape=shape))
+
+
+def _holds(file: Path, record: Path, key: str, size: int) -> bool:
+    """Whether a file of latents is the one that was written for this key: an altered one would train on other pictures."""
+    try:
+        return file.stat().st_size == size and read_regular(record, limit=1024) == _recorded(file, key)
+    except OSError:
+        return False
+
+
+def _recorded(file: Path, key: str) -> bytes:
+    """What is kept beside a file of latents: what it was made from, and its hash."""
+    return f"{key} {compute_once(file, 'sha256', hash_file)}".encode()
 
 
 def _fill(moments: Any, target: DiffusersTarget, data: TrainingSet, side: int, tell: Callable[[int], None]) -> None:
