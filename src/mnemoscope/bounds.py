@@ -135,6 +135,8 @@ LEAST_SIMILARITY = Bound(-1, 1, above=True, noun="a similarity")
 """From which on they are."""
 RATE = Bound(0, 1, above=True, below=True, noun="a rate")
 """Of errors that are accepted: neither none nor all."""
+BOUNDED_SHARE = Bound(1e-6, 1, below=True, noun="a share")
+"""That an upper 95 % bound can be held against: a smaller one would need more than three million prompts."""
 SHARE = Bound(0, 1, noun="a share")
 """Of a whole."""
 PART = Bound(0, 1, above=True, noun="a share")

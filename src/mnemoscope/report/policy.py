@@ -22,7 +22,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from .. import stats
-from ..bounds import AMOUNT, RATE, SIZE
+from ..bounds import AMOUNT, BOUNDED_SHARE, SIZE
 from ..errors import UnknownName, UsageError
 from ..parsing import LARGEST_YAML, ParseError, parse_yaml
 from ..records.files import read_regular
@@ -80,11 +80,11 @@ class Rule(_Section):
     """A run folder: only what is found now and was not found there counts."""
     max: Annotated[float | None, SIZE] = None
     """The number itself may be at most this."""
-    max_upper95: Annotated[float | None, RATE] = None
+    max_upper95: Annotated[float | None, BOUNDED_SHARE] = None
     """The upper 95 % bound of the share may be at most this."""
     max_increase: Annotated[float | None, SIZE] = None
     """With ``baseline``: what is newly found may be at most this."""
-    max_increase_upper95: Annotated[float | None, RATE] = None
+    max_increase_upper95: Annotated[float | None, BOUNDED_SHARE] = None
     """With ``baseline``: the upper 95 % bound of the share that is newly found may be at most this."""
     level: Literal["fail", "warn"] = "fail"
     """The worst this rule can do."""
