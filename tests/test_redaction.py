@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import subprocess
 import time
 
 import pytest
@@ -150,3 +153,17 @@ def test_the_shell_s_own_variables_are_no_secrets(monkeypatch):
     ):
         monkeypatch.setenv(name, f"/somewhere/{name}")
         assert text(f"/somewhere/{name}/file cannot be read") == f"/somewhere/{name}/file cannot be read"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="a command line of bytes")
+def test_a_command_line_that_is_no_utf_8_is_kept_as_a_shell_reads_it():
+    words = ["mnemoscope", os.fsdecode(b"it's b\xfc\\cher\n"), "plain"]
+    kept = command_line(words)
+    kept.encode()
+    assert kept == r"mnemoscope $'it\'s b\xfc\\cher\n' plain"
+    shell = shutil.which("bash")
+    if shell is not None:
+        shown = subprocess.run(
+            [shell, "-c", f"printf '%s' {kept.split(' ', 1)[1].rsplit(' ', 1)[0]}"], capture_output=True, check=True
+        )
+        assert shown.stdout == os.fsencode(words[1])

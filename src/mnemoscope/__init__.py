@@ -9,7 +9,10 @@ Public names are loaded when first used, so that reading a run or printing help 
 from __future__ import annotations
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+
+TYPE_CHECKING = (
+    False  # as typing says; importing that takes longer than all of this, and Ctrl-C in it ends in a traceback
+)
 
 __version__ = "0.1.0"
 
@@ -48,6 +51,8 @@ _HOME = {
 }
 
 if TYPE_CHECKING:
+    from typing import Any
+
     from .audit.check import check as check
     from .audit.config import AuditConfig as AuditConfig
     from .audit.run import audit as run_audit

@@ -48,6 +48,9 @@ _GIVEN = re.compile(
 )
 """A secret beside its name in running text: ``token=…``, ``'token': '…'``, ``Authorization: Bearer …``."""
 
+_BYTES = re.compile("[\udc80-\udcff]")
+"""What Python has in the place of a byte of the command line that is no UTF-8."""
+
 _known: set[str] = set()
 
 
@@ -86,7 +89,19 @@ def command_line(words: Sequence[str]) -> str:
     for before, word in zip(["", *words], words, strict=False):
         valued = before.startswith("-") and "=" not in before and is_secret(before)
         kept.append(NOT_KEPT if valued else _argument(word))
-    return shlex.join(kept)
+    return " ".join(map(_quoted, kept))
+
+
+def _quoted(word: str) -> str:
+    r"""A word as a shell reads it; bytes that are no UTF-8, which no record could keep, become ``$'\xNN'``."""
+    if not _BYTES.search(word):
+        return shlex.quote(word)
+    plain = word.replace("\\", "\\\\").replace("'", "\\'").replace("\n", "\\n")
+    return "$'" + _BYTES.sub(_escaped_byte, plain) + "'"
+
+
+def _escaped_byte(match: re.Match[str]) -> str:
+    return f"\\x{ord(match[0]) - 0xDC00:02x}"
 
 
 def is_complete(value: Any) -> bool:

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 from PIL import Image
 
 from mnemoscope.audit.config import AuditConfig, MeasureSpec
+from mnemoscope.audit.measures import LOCK
 from mnemoscope.audit.plan import plan
 from mnemoscope.audit.run import audit, calibrate
 from mnemoscope.audit.stored import Job
-from mnemoscope.errors import UnknownName, UsageError
+from mnemoscope.errors import RunError, UnknownName, UsageError
+from mnemoscope.measure.invmm import InvMM
 from mnemoscope.models.gaussian import Gaussian
 from mnemoscope.records.measures import Measures
 from mnemoscope.records.store import Run
@@ -188,3 +193,30 @@ def test_a_preset_in_short_and_in_full(ask, world):
         ask(measure_preset={"scales": [0.5]})
     with pytest.raises(UnknownName, match="no setting of measure_preset named 'upates'"):
         ask(measure_preset={"upates": 3})
+
+
+def test_a_second_command_that_measures_into_the_same_folder_is_refused(ask, world):
+    audit(ask(measure=None, captions=None), target=world)
+    folder = Path(ask().out) / "measures"
+    folder.mkdir()
+    with FileLock(folder / LOCK, timeout=0), pytest.raises(RunError, match="is being written by another process"):
+        audit(ask(), target=world)
+    assert not (folder / "measure.json").exists()
+    audit(ask(), target=world)
+    assert Measures.read(folder).waiting == 0
+
+
+@pytest.mark.skipif(os.name != "posix", reason="files that are open stay where they are")
+def test_measuring_ends_where_its_folder_is_deleted(ask, world, monkeypatch):
+    folder = Path(ask().out) / "measures"
+    measure = InvMM.__call__
+
+    def measured(*given, **more):
+        found = measure(*given, **more)
+        shutil.rmtree(folder)
+        return found
+
+    monkeypatch.setattr(InvMM, "__call__", measured)
+    with pytest.raises(RunError, match="was deleted or emptied while this command wrote to it"):
+        audit(ask(), target=world)
+    assert not folder.exists()

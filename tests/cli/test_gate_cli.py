@@ -200,7 +200,7 @@ def test_waivers_hold_until_they_end(gate):
         (["nowhere"], "nowhere holds no run"),
         (["runs/rc", "runs/other"], "are no shards of one audit"),
         (["runs/ordinary"], "is a calibration"),
-        (["runs/rc", "--summary", "runs"], "--summary runs cannot be written"),
+        (["runs/rc", "--summary", "runs"], "runs is a folder; name a file"),
         (["runs/rc", "--self-test", "--junit", "x.xml"], "--self-test"),
     ],
 )

@@ -12,6 +12,7 @@ from mnemoscope.records.files import (
     hash_file,
     leads_out,
     open_regular,
+    open_to_append,
     read_inside,
     read_regular,
 )
@@ -98,3 +99,18 @@ def test_files_are_read_once_while_they_stand_still(tmp_path):
     assert files._hash_file.cache_info().hits == hits + 1
     file.write_bytes(b"three")
     assert hash_file(file) == hashlib.sha256(b"three").hexdigest()
+
+
+def test_lines_are_appended_and_a_pipe_that_nobody_reads_is_not_waited_for(folder):
+    for _ in range(2):
+        with open_to_append(folder / "log") as file:
+            file.write("ä\n")
+    assert (folder / "log").read_text(encoding="utf-8") == "ä\nä\n"
+    os.mkfifo(folder / "pipe")
+    with pytest.raises(OSError):  # noqa: PT011 (each system says it in its own words)
+        open_to_append(folder / "pipe")
+    reader = os.open(folder / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    with open_to_append(folder / "pipe") as file:
+        file.write("a\n")
+    assert os.read(reader, 10) == b"a\n"
+    os.close(reader)

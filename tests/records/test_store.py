@@ -6,6 +6,7 @@ import csv
 import errno
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tracemalloc
@@ -18,7 +19,7 @@ from hypothesis import strategies as st
 
 from mnemoscope.errors import RunError
 from mnemoscope.records.schema import Manifest, Nearest, Row, Score
-from mnemoscope.records.store import Run, Writer, differences, digest, free_folder, sample_id, write_whole
+from mnemoscope.records.store import OutFolder, Run, Writer, differences, digest, free_folder, sample_id, write_whole
 
 # Machines that run tests are busy at times; what is tested is never how fast.
 patient = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -560,3 +561,40 @@ def test_many_rows_are_exported_in_parts(run: Run) -> None:
 def test_reading_needs_no_torch() -> None:
     code = "import sys, mnemoscope.records, mnemoscope.records.table; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_lock_that_cannot_be_made_is_one_sentence(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied", ".lock")
+
+    monkeypatch.setattr("filelock.FileLock.acquire", refuse)
+    for use in (lambda: run.update(status="done"), Writer(run).__enter__, lambda: Run.open(run.folder, run.manifest)):
+        with pytest.raises(
+            RunError, match=r"cannot be written \(Permission denied\); choose a folder you may write to"
+        ):
+            use()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="files that are open stay where they are")
+@pytest.mark.parametrize("how", ["deleted", "replaced", "emptied"])
+def test_a_folder_that_is_deleted_ends_the_writing(run: Run, how: str) -> None:
+    standing = OutFolder(run.folder)
+    with Writer(run) as writer:
+        writer.append([row("a")])
+        standing.require("run.json", "samples.jsonl")
+        if how == "emptied":
+            for path in run.folder.iterdir():
+                path.unlink()
+        else:
+            shutil.rmtree(run.folder)
+        if how == "replaced":
+            run.folder.mkdir()
+            (run.folder / "samples.jsonl").touch()
+        for use in (
+            lambda: writer.append([row("b")]),
+            lambda: writer.save("images/b.webp", b"b"),
+            lambda: standing.require("run.json"),
+        ):
+            with pytest.raises(RunError, match="was deleted or emptied while this command wrote to it"):
+                use()
+    assert not (run.folder / "images").exists()

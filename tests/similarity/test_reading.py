@@ -215,6 +215,7 @@ def test_every_fault_of_a_folder_is_a_row(tmp_path):
     (tmp_path / "d.png").symlink_to(tmp_path / "a.png")
     (tmp_path / "e.png").symlink_to(tmp_path / "nothing.png")
     (tmp_path / "f").symlink_to(tmp_path)
+    (tmp_path / "i.png").symlink_to("i.png")
     os.mkfifo(tmp_path / "g.png")
     (tmp_path / "h.png").mkdir()
     found = {r.entry.id: r for r in everything(tmp_path)}
@@ -225,6 +226,7 @@ def test_every_fault_of_a_folder_is_a_row(tmp_path):
     assert found["d.png"].note == "a symbolic link"
     assert found["e.png"].reason.startswith("link: to nothing")
     assert found["f"].reason == "link: to a folder, not followed"
+    assert found["i.png"].reason.startswith("link: ")
     assert found["g.png"].reason == "unreadable: not a file"
     assert "h.png" not in found, "a folder whose name ends like a picture's is a folder"
     assert found["e.png"].sha256 is None, "what could not be read has no hash, so that it is tried again"

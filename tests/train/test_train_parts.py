@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 from diffusers import DDPMScheduler
+from safetensors import SafetensorError
 
 from mnemoscope.errors import RunError
 from mnemoscope.mitigate.base import key_of
+from mnemoscope.train.cache import _reserve
 from mnemoscope.train.checkpoint import Checkpoints, StepLog, optimizer_tensors, read_state, restore_optimizer
 from mnemoscope.train.config import TrainConfig
 from mnemoscope.train.draws import Draws
@@ -100,6 +104,51 @@ def test_an_optimizer_goes_on_from_tensors():
     stepped(first, one, 2)
     stepped(second, two, 2)
     assert torch.equal(one, two)
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (OSError(28, "No space left on device"), "is full; everything written so far is kept"),
+        (
+            SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+            "is full; everything written",
+        ),
+        (PermissionError(13, "Permission denied"), r"cannot be written \(Permission denied\)"),
+    ],
+)
+def test_a_full_disk_leaves_earlier_checkpoints_and_no_half_one(tmp_path, error, says):
+    places = Checkpoints(tmp_path, keep=2)
+
+    def fill(folder):
+        (folder / "x").write_text("x")
+        return {}
+
+    def fails(folder):
+        fill(folder)
+        raise error
+
+    places.write(1, fill)
+    with pytest.raises(RunError, match=says):
+        places.write(2, fails)
+    assert [p.name for p in tmp_path.iterdir()] == ["step-0000001"]
+    assert places.latest()[0] == 1
+    with pytest.raises(SafetensorError):  # not of the disk
+        places.write(2, lambda folder: (_ for _ in ()).throw(SafetensorError("a tensor is not contiguous")))
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="no such call on this system")
+def test_room_for_latents_is_reserved_before_they_are_written(tmp_path):
+    _reserve(str(tmp_path / "latents"), 1000)
+    assert (tmp_path / "latents").stat().st_size == 1000
+    resource = pytest.importorskip("resource")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (500, limits[1]))
+    try:
+        with pytest.raises(OSError, match="too large"):
+            _reserve(str(tmp_path / "latents"), 1000)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 def test_checkpoints_appear_whole_and_old_ones_go(tmp_path):

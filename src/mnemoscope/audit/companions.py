@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,8 @@ from ..errors import CannotAudit
 from ..measure.base import Measure, spec_of
 from ..models.base import Target
 from ..records.documents import read_json
-from ..records.store import digest, write_whole
+from ..records.places import spelled
+from ..records.store import OutFolder, digest, write_whole
 from .pictures import Picture, opened, picture_bytes, size_of
 
 __all__ = ["Screen", "Values", "compared", "require_no_captions"]
@@ -84,8 +86,10 @@ def compared(
 
     Raises:
         CannotAudit: a measure needs what the target lacks, or captions are given to a model without text.
+        RunError: the folder cannot be written, or somebody deletes it meanwhile.
     """
     require_no_captions(target, pictures)
+    standing = OutFolder(out)
     found: list[Values] = [{} for _ in pictures]
     content = [hashlib.sha256(picture_bytes(p.file)).hexdigest() for p in pictures] if measures else []
     model = target.identity() if measures else {}
@@ -93,13 +97,14 @@ def compared(
         setting = {"target": model, "measure": spec_of(measure)}
         ids = [digest([c, p.caption, setting]) for c, p in zip(content, pictures, strict=True)]
         files = [Path(out) / "companions" / f"{name}.json" for name in ids]
-        missing = [i for i, file in enumerate(files) if not file.exists()]
+        missing = [i for i, file in enumerate(files) if not os.path.exists(file)]
         for start in range(0, len(missing), batch_size):
             rows = missing[start : start + batch_size]
             images = opened([pictures[i].file for i in rows], size_of(target))
             captions = [pictures[i].caption or "" for i in rows] if target.has_text else None
             keys = [int(ids[i][:12], 16) for i in rows]
             values = measure(target, images, prompts=captions, keys=keys).tolist()
+            standing.require()
             for i, value in zip(rows, values, strict=True):
                 _keep(files[i], measure, pictures[i], value)
             if progress is not None:
@@ -122,7 +127,7 @@ def require_no_captions(target: Target, pictures: Sequence[Picture]) -> None:
 
 def _keep(file: Path, measure: Measure, picture: Picture, value: float) -> None:
     facts = {
-        **spec_of(measure), "image": str(picture.file), "caption": picture.caption,
+        **spec_of(measure), "image": spelled(picture.file), "caption": picture.caption,
         "value": value if math.isfinite(value) else None, "forwards": measure.forwards, "backwards": measure.backwards,
     }  # fmt: skip
     write_whole(file, (json.dumps(facts, ensure_ascii=False) + "\n").encode())

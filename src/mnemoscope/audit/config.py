@@ -18,6 +18,7 @@ from ..parsing import LARGEST_YAML, ParseError, parse_yaml
 from ..plugins import document_options, options_of
 from ..records.documents import require_reachable
 from ..records.files import read_regular
+from ..records.places import require_place_for_folder, require_readable, require_utf8
 from ..records.store import digest, short
 from .prompts import Columns, Prompt, PromptSet, read_prompts
 
@@ -218,6 +219,16 @@ class AuditConfig(_Settings):
         except ValidationError as e:
             raise _sentence(e) from None
 
+    @model_validator(mode="before")
+    @classmethod
+    def _can_be_kept(cls, settings: Any) -> Any:
+        for name, value in settings.items() if isinstance(settings, Mapping) else ():
+            if name != "prompts":  # whose texts are judged where they are read, each with its place
+                require_utf8(value, name)
+            elif isinstance(value, str | Path | Mapping):
+                require_utf8(value.get("path") if isinstance(value, Mapping) else value, name)
+        return settings
+
     @field_validator("model_options")
     @classmethod
     def _without_gaps(cls, value: dict[str, Any]) -> dict[str, Any]:
@@ -310,6 +321,24 @@ class AuditConfig(_Settings):
         except UsageError as e:
             raise UsageError(f"{document}: {e}") from None
         return self.model_copy(update={"detectors": detectors})
+
+    def require_places(self) -> None:
+        """Refuse places that cannot be read or written to, before anything expensive is done.
+
+        Raises:
+            UsageError: naming the place, and what is wrong with it.
+        """
+        if self.prompts is not None and self.prompts.path is not None:
+            require_readable(self.prompts.path, "file")
+        if self.reference is not None:
+            require_readable(self.reference, "folder")
+        if self.captions is not None:
+            require_readable(self.captions, "file")
+        for place in (self.measure, self.calibration):
+            if place is not None:
+                require_readable(place)
+        if self.out is not None:
+            require_place_for_folder(self.out)
 
     def stored(self) -> dict[str, Any]:
         """The configuration as plain values without secrets, for the manifest."""

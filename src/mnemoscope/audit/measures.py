@@ -19,7 +19,9 @@ from ..measure.base import Measure, spec_of
 from ..measure.invmm import Course, InvMM, Stored
 from ..parsing import through_json
 from ..records.documents import read_json
-from ..records.store import digest, write_whole
+from ..records.measures import NAME
+from ..records.places import spelled
+from ..records.store import OutFolder, digest, locked, write_whole
 from .companions import Screen, Values, compared, require_no_captions
 from .pictures import Picture, opened, picture_bytes, picture_lines, pictures_in, size_of
 from .shown import begin, keep_pictures
@@ -27,6 +29,9 @@ from .shown import begin, keep_pictures
 __all__ = ["Measured", "Picture", "measured", "picture_lines", "pictures_in", "size_of"]
 
 MEASURED, OUT = "measured", "screened out"
+
+LOCK = ".lock-measure"
+"""Held by whoever measures into a folder, because what it was asked for stands in one file."""
 
 
 @dataclass(frozen=True)
@@ -90,9 +95,21 @@ def measured(
 
     Raises:
         CannotAudit: captions are given to a model without text, or it lacks what a companion needs.
+        RunError: another process measures into the folder, it cannot be written, or somebody deletes it meanwhile.
     """
     require_no_captions(method.target, pictures)
-    folder = Path(out) / "pictures"
+    standing = OutFolder(out)
+    with locked(standing.folder / LOCK):
+        return _measured(method, pictures, standing, batch_size, progress, command, companions, screen, compare, watch)
+
+
+def _measured(
+    method: InvMM, pictures: Sequence[Picture], standing: OutFolder, batch_size: int,
+    progress: Callable[[int, int, Measured], object] | None, command: str, companions: Sequence[Measure], screen: Screen | None,
+    compare: Callable[[str, int, int], object] | None, watch: Callable[[Course], object] | None,
+) -> list[Measured]:  # fmt: skip
+    out = standing.folder
+    folder = out / "pictures"
     setting = redaction.cleaned({
         "target": method.target.identity(), "preset": asdict(method.preset), "descriptor": method.descriptor.identity(),
         "beta": method.beta,
@@ -114,6 +131,7 @@ def measured(
         captions = None if some[0].caption is None else [p.caption or "" for p in some]
         # Draws come from the content, so that a picture's result does not depend on its place.
         found = method(images, prompts=captions, keys=[int(ids[i][:12], 16) for i in rows], watch=watch)
+        standing.require(LOCK, NAME)
         keep_pictures(method, images, captions, found, out, [ids[i] for i in rows])
         for i, result in zip(rows, found, strict=True):
             by = _by(screen, checked=True) if i in checked else None
@@ -157,7 +175,7 @@ def _settle(
     if before is not None and before.status == MEASURED:
         now = replace(before, companions=_joined(before, values), screen=by if checked else None)
     else:
-        now = Measured(name, str(picture.file), picture.caption, {}, _joined(before, values), OUT, by)
+        now = Measured(name, spelled(picture.file), picture.caption, {}, _joined(before, values), OUT, by)
     if now != before:
         _write(folder, now)
 
@@ -180,7 +198,7 @@ def _keep(
     facts |= {"score": _finite(result.score), "nats": _finite(result.nats)}
     facts["rate"] = None if result.rate is None else [result.rate.value, result.rate.low, result.rate.high]
     plain = through_json(facts)
-    kept = Measured(name, str(picture.file), picture.caption, plain, companions, screen=screen)
+    kept = Measured(name, spelled(picture.file), picture.caption, plain, companions, screen=screen)
     tensors = {"mu": result.mu, "s": result.s, "tokens": result.tokens}
     noise = {k: v.float().cpu().contiguous() for k, v in tensors.items() if v is not None}
     write_whole(folder / f"{name}.safetensors", save_tensors(noise))

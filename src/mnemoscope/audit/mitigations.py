@@ -31,7 +31,7 @@ from ..errors import RunError
 from ..mitigate.base import Generation, Mitigation, build, sample
 from ..models.base import Target
 from ..records.documents import read_json
-from ..records.store import write_whole
+from ..records.store import OutFolder, write_whole
 from ..records.trials import NONE, Case, Cell, parse_sizes
 from ..similarity.base import Pictures
 from ..similarity.captions import CaptionScore
@@ -82,6 +82,10 @@ class Protocol:
             "captions": captions.name, "seeds": seeds, "steps": steps, "guidance": target.guidance,
         }  # fmt: skip
 
+    @cached_property
+    def _standing(self) -> OutFolder:
+        return OutFolder(self.folder)
+
     @property
     def samples(self) -> list[tuple[Case, int]]:
         """Case and seed of every sample, in the order of all lists."""
@@ -115,6 +119,7 @@ class Protocol:
         if not file.exists():
             found = []
             for part in _parts([(p, s) for p in self.ordinary for s in range(self.seeds)], self.batch_size):
+                self._standing.require()
                 g = Generation.of(self.target, [p for p, _ in part], [s for _, s in part], steps=self.steps)
                 found.append(_watched(self.target, g, max(GATES))[0])
             write_whole(file, json.dumps(_windows(torch.cat(found))).encode())
@@ -151,6 +156,7 @@ class Protocol:
         before, backwards = self.target.forwards, 0
         with peak_memory(self.target.device) as peak:
             for part in _parts(self.samples, self.batch_size):
+                self._standing.require()
                 began = time.perf_counter()
                 g = Generation.of(self.target, [c.prompt for c, _ in part], [s for _, s in part], steps=self.steps)
                 if made is not None:
@@ -162,6 +168,7 @@ class Protocol:
                 seconds += time.perf_counter() - began
                 if progress is not None:
                     progress(sum(map(len, shown)))
+        self._standing.require()
         n, pictures = len(self.samples), torch.cat(shown)
         forwards = (self.target.forwards - before) / n
         seen = _windows(torch.cat(sizes)) if made is None else self.without().sizes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,14 +42,14 @@ def pictures_in(names: Sequence[Path], captions: Path | None = None) -> list[Pic
     """
     files: list[Path] = []
     for name in names:
-        if name.is_dir():
+        if os.path.isdir(name):
             below = sorted(p for p in name.rglob("*") if p.suffix.lower() in SUFFIXES)
             if (link := next((p for p in below if p.is_symlink() and leads_out(name, p)), None)) is not None:
                 raise UsageError(
                     f"{link} is a link that leads out of {name}, and is not followed; take it out, or name the picture itself."
                 )
             files += below
-        elif name.is_file():
+        elif os.path.isfile(name):
             files.append(name)
         else:
             raise UsageError(f"{name} does not exist; name picture files or folders of them.")

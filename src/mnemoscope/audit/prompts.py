@@ -11,6 +11,7 @@ import csv
 import difflib
 import hashlib
 import io
+import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -173,10 +174,10 @@ def read_rows(path: Path) -> list[Mapping[str, Any]]:
 def _read(path: Path, columns: Columns | None) -> tuple[_Table, list[str]]:
     """The table in a file; without ``columns``, all that can be read of it."""
     reader = READERS.get(path.suffix.lower())
-    if not path.is_file():
-        beside = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+    if not os.path.isfile(path):
+        beside = _names_in(path.parent)
         near = difflib.get_close_matches(path.name, beside, n=1)
-        kind = "is a folder" if path.is_dir() else "does not exist"
+        kind = "is a folder" if os.path.isdir(path) else "is no file" if os.path.exists(path) else "does not exist"
         raise UsageError(
             f"prompt file {path} {kind}"
             + (f"; did you mean {path.parent / near[0]}?" if near else "; name a file of prompts.")
@@ -189,6 +190,13 @@ def _read(path: Path, columns: Columns | None) -> tuple[_Table, list[str]]:
         return reader(path, columns)
     except OSError as e:
         raise UsageError(f"prompt file {path} cannot be read ({e.strerror or e}).") from e
+
+
+def _names_in(folder: Path) -> list[str]:
+    try:
+        return os.listdir(folder)
+    except OSError:
+        return []
 
 
 def _text(path: Path) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ import typer
 
 from ..bounds import AMOUNT, SIMILARITY
 from ..errors import UsageError
-from . import screen
+from . import places, screen
 from .index import (
     AsJson,
     Column,
@@ -33,10 +34,18 @@ if TYPE_CHECKING:
 
 
 def duplicates(
-    images: Annotated[Path, typer.Argument(help="Folder, archive or Parquet of pictures, or the folder of an index.")],
-    out: Annotated[Path, typer.Option(help="Folder for clusters, contact sheets and, of pictures, the index.")] = Path(
-        "runs/duplicates"
-    ),
+    images: Annotated[
+        Path,
+        typer.Argument(
+            help="Folder, archive or Parquet of pictures, or the folder of an index.", parser=places.file_or_folder
+        ),
+    ],
+    out: Annotated[
+        Path,
+        typer.Option(
+            help="Folder for clusters, contact sheets and, of pictures, the index.", parser=places.written_folder
+        ),
+    ] = Path("runs/duplicates"),
     threshold: Annotated[
         float | None,
         number_option(
@@ -44,12 +53,14 @@ def duplicates(
         ),
     ] = None,
     run: Annotated[
-        Path | None, _option("Run folder of an audit of the set's captions: join it with the clusters.")
+        Path | None,
+        _option("Run folder of an audit of the set's captions: join it with the clusters.", parser=places.folder),
     ] = None,
     captions: Annotated[
         Path | None,
         _option(
-            "JSONL or CSV with file_name (or id) and text (or caption); default: prompt ids of the run are picture ids."
+            "JSONL or CSV with file_name (or id) and text (or caption); default: prompt ids of the run are picture ids.",
+            parser=places.file,
         ),
     ] = None,
     sheets: Annotated[int, number_option(AMOUNT, "Clusters with a contact sheet.")] = 12,
@@ -64,7 +75,7 @@ def duplicates(
 
     Example: mnemoscope duplicates pictures --run runs/mine
     """
-    screen.say(f"Looking for near-duplicates in {images} …")
+    screen.say_loading(f"Looking for near-duplicates in {images} …")
     from ..similarity.storage import IndexFolder
 
     given = IndexFolder.exists(images)
@@ -91,12 +102,14 @@ def _report(
     *,
     as_json: bool,
 ) -> None:
+    from ..records.store import OutFolder
     from ..similarity.duplicates import find_clusters, write_clusters
     from ..similarity.index import Progress
 
-    began = time.perf_counter()
+    began, standing = time.perf_counter(), OutFolder(out)
 
     def moved(done: int, asked: int) -> Progress:
+        standing.require()
         spent = time.perf_counter() - began
         return Progress(done, asked, 0, spent, spent / max(done, 1) * (asked - done))
 
@@ -188,7 +201,7 @@ def _pictures_of(path: Path) -> dict[str, list[str]]:
     """Caption → ids of its pictures, from the metadata file that a folder of pictures has for ``datasets``."""
     from ..audit.prompts import read_rows  # brings no torch
 
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise UsageError(f"{path} does not exist; name a JSONL or CSV file of captions.")
     found: dict[str, list[str]] = {}
     for number, row in enumerate(read_rows(path), 1):

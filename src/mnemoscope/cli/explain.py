@@ -11,7 +11,7 @@ import typer
 
 from ..bounds import FINITE, GUIDANCE, SEEDS, STEP, STEPS, shown
 from ..errors import UsageError
-from . import screen
+from . import places, screen
 from .opening import bundled_calibration
 from .pairs import LoRA, model_options, number_option
 from .screen import speaks_unicode as _speaks_unicode
@@ -55,12 +55,20 @@ def explain(
     ] = None,
     regions: Annotated[
         Path | None,
-        typer.Option(help="Write a WebP that shows where the prompt pulls its pictures.", show_default=False),
+        typer.Option(
+            help="Write a WebP that shows where the prompt pulls its pictures.",
+            show_default=False,
+            parser=places.written_file,
+        ),
     ] = None,
     kind: Annotated[str, typer.Option(help="With --regions: curvature, score or attention.")] = "curvature",
     calibration: Annotated[
         Path | None,
-        typer.Option(help="Run folder of `mnemoscope calibrate`, or its thresholds.json.", show_default=False),
+        typer.Option(
+            help="Run folder of `mnemoscope calibrate`, or its thresholds.json.",
+            show_default=False,
+            parser=places.file_or_folder,
+        ),
     ] = None,
     accept_threshold: Annotated[
         bool, typer.Option("--accept-threshold", help="Use a calibration made under another setting.")
@@ -82,7 +90,7 @@ def explain(
     looked = read_steps(at)
     if looked[-1] >= steps:
         raise UsageError(f"--at names step {looked[-1]}, and the sampler's steps are 0 to {steps - 1}; 0 is the first.")
-    screen.say(f"Loading {model} …")  # before torch is imported, which takes its time
+    screen.say_loading(f"Loading {model} …")  # before torch is imported, which takes its time
     from ..detect.calibrate import Calibration
     from ..explain.tokens import Explainer
     from ..models.load import load

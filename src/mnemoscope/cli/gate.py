@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import UsageError
-from . import screen
+from ..records.files import open_to_append
+from . import places, screen
 
 if TYPE_CHECKING:
     from ..report.audited import Audited
@@ -26,18 +27,30 @@ DEMO = Path("runs/demo")
 def gate(
     runs: Annotated[
         list[Path] | None,
-        typer.Argument(help="A run folder, or the folders of one audit's shards.", show_default=False),
+        typer.Argument(
+            help="A run folder, or the folders of one audit's shards.", show_default=False, parser=places.folder
+        ),
     ] = None,
-    policy: Annotated[Path, typer.Option(help="YAML file; what it names is looked for beside it.")] = Path(
-        "memorization.policy.yaml"
-    ),
+    policy: Annotated[
+        Path, typer.Option(help="YAML file; what it names is looked for beside it.", parser=places.file)
+    ] = Path("memorization.policy.yaml"),
     out: Annotated[
-        Path | None, typer.Option(help="JSON file; default gate.json in the run folder.", show_default=False)
+        Path | None,
+        typer.Option(
+            help="JSON file; default gate.json in the run folder.", show_default=False, parser=places.written_file
+        ),
     ] = None,
-    junit: Annotated[Path | None, typer.Option(help="JUnit XML file to write.", show_default=False)] = None,
+    junit: Annotated[
+        Path | None,
+        typer.Option(help="JUnit XML file to write.", show_default=False, parser=places.written_file),
+    ] = None,
     summary: Annotated[
         Path | None,
-        typer.Option(help='Markdown file to append to, such as "$GITHUB_STEP_SUMMARY".', show_default=False),
+        typer.Option(
+            help='Markdown file to append to, such as "$GITHUB_STEP_SUMMARY".',
+            show_default=False,
+            parser=places.appended_file,
+        ),
     ] = None,
     self_test: Annotated[
         bool, typer.Option("--self-test", help="Try the policy on the bundled model, where it must fail.")
@@ -143,8 +156,8 @@ def _append(path: Path, text: str) -> Path:
     """The page of a CI job is shared by its steps, so nothing of it may be lost."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a", encoding="utf-8", errors="replace") as file:
-            file.write(text)
+        with open_to_append(path) as file:
+            file.write(text.encode("utf-8", "replace").decode("utf-8"))
     except OSError as e:
         raise UsageError(f"--summary {path} cannot be written ({e.strerror or e}); name another file.") from None
     return path

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,7 +14,7 @@ import typer
 from ..bounds import COUNT, RATE, WORKERS
 from ..errors import UnknownName
 from ..plugins import document_options
-from . import screen
+from . import places, screen
 from .pairs import number_option, read_pairs
 from .pairs import option as _option
 
@@ -33,9 +34,13 @@ index_app = typer.Typer(
 
 
 Source = Annotated[
-    Path, typer.Argument(help="Folder, .zip, .tar or Parquet of pictures, or a data set that `datasets` saved.")
+    Path,
+    typer.Argument(
+        help="Folder, .zip, .tar or Parquet of pictures, or a data set that `datasets` saved.",
+        parser=places.file_or_folder,
+    ),
 ]
-Folder = Annotated[Path, typer.Argument(help="Folder of the index.")]
+Folder = Annotated[Path, typer.Argument(help="Folder of the index.", parser=places.folder)]
 DescriptorName = Annotated[
     str | None,
     _option("Descriptor, see `mnemoscope ls descriptors`; default: the index's, or fingerprint.", "--descriptor"),
@@ -52,9 +57,10 @@ AsJson = Annotated[bool, typer.Option("--json", help="One JSON document on stdou
 @index_app.command("build")
 def build(
     source: Source,
-    out: Annotated[Path, typer.Option(help="Folder of the index; an index that is there is continued.")] = Path(
-        "references"
-    ),
+    out: Annotated[
+        Path,
+        typer.Option(help="Folder of the index; an index that is there is continued.", parser=places.written_folder),
+    ] = Path("references"),
     descriptor: DescriptorName = None,
     descriptor_option: DescriptorOption = None,
     column: Column = None,
@@ -62,7 +68,8 @@ def build(
     prefix: Annotated[str, _option("Stands before the ids; a second source needs one of its own.")] = "",
     dtype: Annotated[str | None, _option("float32 or float16; default float32.")] = None,
     different: Annotated[
-        Path | None, _option("Pictures known not to be in the set; they fix the threshold of a copy.")
+        Path | None,
+        _option("Pictures known not to be in the set; they fix the threshold of a copy.", parser=places.file_or_folder),
     ] = None,
     fmr: Annotated[float, number_option(RATE, "With --different: stated false-match rate of a search.")] = 0.01,
     workers: Workers = None,
@@ -93,7 +100,7 @@ def build(
 @index_app.command("query")
 def query(
     folder: Folder,
-    pictures: Annotated[list[Path], typer.Argument(help="Pictures, or folders of them.")],
+    pictures: Annotated[list[Path], typer.Argument(help="Pictures, or folders of them.", parser=places.file_or_folder)],
     k: Annotated[int, number_option(COUNT, "Nearest references of each.", "-k")] = 5,
     workers: Workers = None,
     as_json: AsJson = False,
@@ -102,7 +109,7 @@ def query(
 
     Example: mnemoscope index query references picture.png -k 3
     """
-    screen.say(f"Opening {folder} …")
+    screen.say_loading(f"Opening {folder} …")
     from ..similarity.index import ReferenceIndex
 
     with screen.stoppable(), quiet_pillow():
@@ -147,7 +154,12 @@ def info(folder: Folder, as_json: AsJson = False) -> None:
 @index_app.command("locate")
 def locate(
     folder: Folder,
-    pictures: Annotated[Path, typer.Argument(help="Folder, archive or table of the pictures that were indexed.")],
+    pictures: Annotated[
+        Path,
+        typer.Argument(
+            help="Folder, archive or table of the pictures that were indexed.", parser=places.file_or_folder
+        ),
+    ],
     prefix: Annotated[str, _option("What stands before their ids, of an index with several sources.")] = "",
 ) -> None:
     """Say where the pictures of an index are: of one that somebody else built, or whose pictures were moved.
@@ -178,7 +190,7 @@ def build_index(
     """Build or continue an index, and say how far it is."""
     if dtype not in (None, "float16", "float32"):
         raise UnknownName("dtype of an index", dtype, ("float16", "float32"))
-    screen.say(f"Indexing {source} …")  # before torch is imported, which takes its time
+    screen.say_loading(f"Indexing {source} …")  # before torch is imported, which takes its time
     from ..similarity.base import DEFAULT
     from ..similarity.index import ReferenceIndex
     from ..similarity.storage import IndexFolder
@@ -249,7 +261,7 @@ def _together(pictures: list[Path]) -> list[Path | list[Path]]:
     """Single pictures as one list, so that they are described together; folders and archives each for itself."""
     from ..similarity.decoding import ENDINGS
 
-    single = [p for p in pictures if not p.is_dir() and p.suffix.lower() in ENDINGS]
+    single = [p for p in pictures if not os.path.isdir(p) and p.suffix.lower() in ENDINGS]
     return [*([single] if single else []), *(p for p in pictures if p not in single)]
 
 

@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from .. import interrupts
 from ..bounds import COUNT, GUIDANCE, RATE, SEED, SEEDS, STEPS
 from ..errors import MnemoscopeError, UsageError
 from ..programs import allow_program
 from ..terminal import guard
-from . import output, screen
+from . import output, places, screen
 from .duplicates import duplicates
 from .explain import explain
 from .gate import gate
@@ -54,7 +55,7 @@ app = typer.Typer(
 Model = Annotated[
     str, typer.Argument(help="Hub id, folder or .safetensors file of the model; 'demo' is the bundled one.")
 ]
-Prompts = Annotated[Path | None, _option("TXT, JSONL, JSON, CSV, TSV or Parquet file.")]
+Prompts = Annotated[Path | None, _option("TXT, JSONL, JSON, CSV, TSV or Parquet file.", parser=places.file)]
 Column = Annotated[str | None, _option("Column of the prompt; default: prompt, caption or text.")]
 IdColumn = Annotated[str | None, _option("Column of the prompt's id.")]
 GroupColumn = Annotated[str | None, _option("Column of the prompt's group.")]
@@ -83,14 +84,21 @@ BatchSize = Annotated[str | None, _option("Samples per batch, or auto.")]
 Images = Annotated[bool | None, _option("Keep the pictures.", "--images/--no-images")]
 Reference = Annotated[
     Path | None,
-    _option("Reference set of `mnemoscope index build`: what pictures are compared with; makes them.", "--reference"),
+    _option(
+        "Reference set of `mnemoscope index build`: what pictures are compared with; makes them.",
+        "--reference",
+        parser=places.folder,
+    ),
 ]
-Measured = Annotated[Path | None, _option("Picture or folder of pictures: how strongly is each stored?", "--measure")]
-Captions = Annotated[Path | None, _option("JSONL file of image and caption, for --measure.")]
+Measured = Annotated[
+    Path | None,
+    _option("Picture or folder of pictures: how strongly is each stored?", "--measure", parser=places.file_or_folder),
+]
+Captions = Annotated[Path | None, _option("JSONL file of image and caption, for --measure.", parser=places.file)]
 MeasurePreset = Annotated[str | None, _option("improved, or official (many times slower), for --measure.")]
 Dtype = Annotated[str | None, _option("float32, float16 or bfloat16; default: by the device.")]
 Device = Annotated[str | None, _option("cpu, cuda, cuda:1, …")]
-Out = Annotated[Path | None, _option("Where to write.")]
+Out = Annotated[Path | None, _option("Where to write.", parser=places.written_folder)]
 Limit = Annotated[int | None, number_option(COUNT, "Only the first so many prompts.")]
 Shard = Annotated[str | None, _option("k/m: do share k of m, or env.")]
 MaxErrors = Annotated[
@@ -101,7 +109,9 @@ Notes = Annotated[
     list[str] | None,
     _option("Something a reader of the run should know; repeatable.", "--notes"),
 ]
-Config = Annotated[Path | None, _option("YAML file with the same names as the options; options win.")]
+Config = Annotated[
+    Path | None, _option("YAML file with the same names as the options; options win.", parser=places.file)
+]
 TrustConfig = Annotated[
     bool,
     typer.Option(
@@ -110,7 +120,10 @@ TrustConfig = Annotated[
     ),
 ]
 ThresholdsFile = Annotated[
-    Path | None, _option("Run folder of `mnemoscope calibrate`, or its thresholds.json.", "--calibration")
+    Path | None,
+    _option(
+        "Run folder of `mnemoscope calibrate`, or its thresholds.json.", "--calibration", parser=places.file_or_folder
+    ),
 ]
 AcceptThreshold = Annotated[
     bool | None,
@@ -150,6 +163,7 @@ def _common(
     ] = 0,
 ) -> None:
     """See what an image diffusion model has memorized: detect, explain, measure, mitigate."""
+    interrupts.end_loading()
     screen.QUIET = quiet
     screen.log_to_stderr(verbose)
     log.info("%s", screen.command())
@@ -165,7 +179,7 @@ def _common(
 
 @app.command()
 def demo(
-    out: Annotated[Path, typer.Option(help="Run folder.")] = Path("runs/demo"),
+    out: Annotated[Path, typer.Option(help="Run folder.", parser=places.written_folder)] = Path("runs/demo"),
     fresh: Fresh = False,
     as_json: AsJson = False,
 ) -> None:
@@ -173,7 +187,7 @@ def demo(
 
     Example: mnemoscope demo
     """
-    screen.say("Loading the bundled model …")
+    screen.say_loading("Loading the bundled model …")
     from ..demo.run import demo as run_demo
     from ..records.store import free_folder
     from ..report.html import write_report
@@ -197,7 +211,7 @@ def check(
     images: Annotated[
         bool, typer.Option("--images", help="Finish the trajectories and write pictures to --out.")
     ] = False,
-    out: Annotated[Path, typer.Option(help="Folder for pictures.")] = Path("runs/check"),
+    out: Annotated[Path, typer.Option(help="Folder for pictures.", parser=places.later_folder)] = Path("runs/check"),
     calibration: ThresholdsFile = None,
     accept_threshold: AcceptThreshold = None,
     dtype: Dtype = None,
@@ -214,12 +228,14 @@ def check(
         raise UsageError(
             f"--window {window} is more than the --steps {steps} that there are; make one of them fit the other."
         )
-    screen.say(f"Loading {model} …")  # before torch is imported, which takes its time
+    screen.say_loading(f"Loading {model} …")  # before torch is imported, which takes its time
     from ..audit.check import check as check_prompt
     from ..detect.calibrate import Calibration
     from ..models.load import load
 
     found = Calibration.load(calibration) if calibration else None
+    if images:
+        places.written_folder(str(out))
     target = load(model, dtype=dtype, device=device, **model_options(model_option, lora))
     screen.say_target(target)
     accept = bool(accept_threshold)
@@ -362,7 +378,10 @@ def calibrate(
         ),
     ] = False,
     from_log: Annotated[
-        Path | None, _option("Log of a guard of this model: its scores instead of prompts, nothing is generated.")
+        Path | None,
+        _option(
+            "Log of a guard of this model: its scores instead of prompts, nothing is generated.", parser=places.file
+        ),
     ] = None,
 ) -> None:
     """Turn scores of ordinary prompts, or of a host's traffic, into a threshold with a stated false-positive rate.
@@ -403,14 +422,22 @@ def calibrate(
 @app.command()
 def report(
     runs: Annotated[
-        list[Path], typer.Argument(help="One run folder, or several to compare; or a folder of measured pictures.")
+        list[Path],
+        typer.Argument(
+            help="One run folder, or several to compare; or a folder of measured pictures.", parser=places.folder
+        ),
     ],
-    out: Annotated[Path | None, _option("File to write.")] = None,
+    out: Annotated[Path | None, _option("File to write.", parser=places.written_file)] = None,
     kind: Annotated[str, typer.Option("--format", help="html, markdown or json.")] = "html",
-    reference: Annotated[Path | None, _option("Folder of reference pictures named by id.")] = None,
+    reference: Annotated[
+        Path | None, _option("Folder of reference pictures named by id.", parser=places.folder)
+    ] = None,
     blur: Annotated[bool, typer.Option("--blur/--no-blur", help="Blur found copies until clicked.")] = True,
     levels: Annotated[
-        Path | None, _option("Scores of pictures of known dose, measured alike, to set measured pictures beside.")
+        Path | None,
+        _option(
+            "Scores of pictures of known dose, measured alike, to set measured pictures beside.", parser=places.file
+        ),
     ] = None,
 ) -> None:
     """Write the report of a run, or of measured pictures, as one self-contained file; needs no model and no torch.
@@ -453,6 +480,7 @@ def list_installed(
 
     Example: mnemoscope ls detectors
     """
+    interrupts.begin_loading()
     from importlib.metadata import entry_points
 
     from ..errors import UnknownName
@@ -505,6 +533,7 @@ def doctor(as_json: AsJson = False) -> None:
 
     Example: mnemoscope doctor
     """
+    interrupts.begin_loading()
     from .doctor import examine
 
     facts = examine()
@@ -580,7 +609,7 @@ def _settings(config: Path | None, options: dict[str, Any], trust_config: bool) 
         if name in given:
             given[name] = _number(given[name])
     settings = AuditConfig.from_yaml(config, anywhere=trust_config, **given) if config else AuditConfig(**given)
-    screen.say(f"Loading {settings.model or 'the model'} …")  # before torch is imported, which takes its time
+    screen.say_loading(f"Loading {settings.model or 'the model'} …")  # before torch is imported, which takes its time
     settings = settings if window is None else settings.with_window(window)
     log.info("settings: %s", settings.stored())
     return settings
@@ -603,6 +632,7 @@ def _load(settings: AuditConfig, fpr: float | None = None) -> Target:
     from ..stats import require_enough
 
     # What is cheap to refuse is refused before gigabytes are read.
+    settings.require_places()
     prompts = require_known(settings)
     asked(settings)
     if prompts is not None:
@@ -702,32 +732,47 @@ def main() -> None:
     """Entry point: one sentence and an exit code for everything a user can cause."""
     guard()
     output.filtered()
+    screen.STOPPED = False
     try:
-        code = app(standalone_mode=False)
-    except typer.Exit as e:
-        code = e.exit_code
-    except typer.Abort:
+        code = app(standalone_mode=False)  # also what typer makes of Ctrl-C: no error, but its exit code
+    except (KeyboardInterrupt, Exception) as e:
+        code = interrupts.STOPPED if _comes_of_an_interrupt(e) else _say_why(e)
+    finally:
+        interrupts.begin_loading()  # there is nothing left to save while Python ends
+    if code == interrupts.STOPPED and not screen.STOPPED:
         screen.fail("stopped")
-        code = 130
-    except KeyboardInterrupt as e:
-        screen.fail(str(e) or "stopped; the same command continues")
-        code = 130
-    except MnemoscopeError as e:
-        if screen.enabled("MNEMOSCOPE_DEBUG"):
-            raise
-        log.debug("where it came from", exc_info=e)
-        screen.fail(str(e))
-        code = e.exit_code
-    except BrokenPipeError:
-        # Whoever read our output has seen enough; Python would complain again while flushing at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 0
-    except Exception as e:
-        code = _usage(e)
     sys.exit(code if isinstance(code, int) else 0)
 
 
-def _usage(error: Exception) -> int:
+def _comes_of_an_interrupt(error: BaseException) -> bool:
+    """Whether Ctrl-C ended a command; libraries turn it into errors of their own."""
+    return isinstance(error, typer.Abort | KeyboardInterrupt) or (
+        interrupts.came() and not isinstance(error, typer.Exit)
+    )
+
+
+def _say_why(error: BaseException) -> int:
+    """Say in one sentence why a command ended, where a user can cause it; its exit code. Anything else is a bug, and is raised again."""
+    debugged = screen.enabled("MNEMOSCOPE_DEBUG")
+    if isinstance(error, typer.Exit):
+        return error.exit_code
+    if isinstance(error, BrokenPipeError):
+        # Whoever read our output has seen enough; Python would complain again while flushing at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    if isinstance(error, MnemoscopeError) and not debugged:
+        log.debug("where it came from", exc_info=error)
+        screen.fail(str(error))
+        return error.exit_code
+    if isinstance(error, OSError) and error.filename is not None and not debugged:
+        log.debug("where it came from", exc_info=error)
+        place = places.spelled(os.fsdecode(error.filename))
+        screen.fail(f"{place} cannot be used ({error.strerror or error}); name another place.")
+        return 2
+    return _usage(error)
+
+
+def _usage(error: BaseException) -> int:
     """Click's own complaints (an unknown option, a missing argument) in our form; anything else is a bug and is shown whole."""
     describe = getattr(error, "format_message", None)
     if describe is None:

@@ -12,7 +12,7 @@ import typer
 from ..bounds import AMOUNT, COUNT, LEAST_SIMILARITY, PART, SCALE, STEPS, shown
 from ..errors import UsageError
 from ..plugins import BUNDLED
-from . import screen
+from . import places, screen
 from .pairs import LoRA, model_options, number_option
 
 if TYPE_CHECKING:
@@ -31,7 +31,9 @@ def measure(
     model: Annotated[
         str, typer.Argument(help="Hub id, folder or .safetensors file of the model; 'demo' is the bundled one.")
     ],
-    images: Annotated[list[Path], typer.Argument(help="Picture files, or folders of them.")],
+    images: Annotated[
+        list[Path], typer.Argument(help="Picture files, or folders of them.", parser=places.file_or_folder)
+    ],
     caption: Annotated[
         str | None,
         typer.Option(
@@ -40,7 +42,7 @@ def measure(
         ),
     ] = None,
     captions: Annotated[
-        Path | None, typer.Option(help="JSONL file with image and caption.", show_default=False)
+        Path | None, typer.Option(help="JSONL file with image and caption.", show_default=False, parser=places.file)
     ] = None,
     preset: Annotated[
         str, typer.Option(help="improved, or official (the authors' settings; many times slower).")
@@ -94,9 +96,9 @@ def measure(
         ),
     ] = None,
     batch_size: Annotated[int, number_option(COUNT, "Pictures at a time.")] = 8,
-    out: Annotated[Path, typer.Option(help="Where results are kept; the same command continues.")] = Path(
-        "mnemoscope-runs/measure"
-    ),
+    out: Annotated[
+        Path, typer.Option(help="Where results are kept; the same command continues.", parser=places.written_folder)
+    ] = Path("mnemoscope-runs/measure"),
     dtype: Annotated[
         str | None, typer.Option(help="float32, float16 or bfloat16; default: by the device.", show_default=False)
     ] = None,
@@ -129,7 +131,7 @@ def measure(
             f"have a calibrated one for the fingerprint."
         )
     tried = _scales(scales)
-    screen.say(f"Loading {model} …")
+    screen.say_loading(f"Loading {model} …")
     from ..audit.companions import Screen, compared
     from ..audit.measures import Picture, measured, pictures_in
     from ..measure.base import build as measure_of

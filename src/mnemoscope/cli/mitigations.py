@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -10,7 +11,7 @@ import typer
 
 from ..bounds import AMOUNT, COUNT, SEEDS, SIMILARITY, STEPS
 from ..errors import UsageError
-from . import screen
+from . import places, screen
 from .pairs import model_options, number_option, read_pairs
 
 if TYPE_CHECKING:
@@ -44,9 +45,9 @@ def mitigations(
     ] = 24,
     attack_seeds: Annotated[int, number_option(AMOUNT, "Generations of each attacked picture; 0: no attack.")] = 2,
     batch_size: Annotated[int, number_option(COUNT, "Samples per batch.")] = 32,
-    out: Annotated[Path, typer.Option(help="Where results are kept; the same command continues.")] = Path(
-        "mnemoscope-runs/mitigations"
-    ),
+    out: Annotated[
+        Path, typer.Option(help="Where results are kept; the same command continues.", parser=places.written_folder)
+    ] = Path("mnemoscope-runs/mitigations"),
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, …", show_default=False)] = None,
     as_json: Annotated[bool, typer.Option("--json", help="The whole trial on stdout.")] = False,
 ) -> None:
@@ -54,7 +55,7 @@ def mitigations(
 
     Example: mnemoscope bench mitigations --method prompt --method delayed-guidance --seeds 2
     """
-    screen.say("Loading demo …")
+    screen.say_loading("Loading demo …")
     from .. import plugins
     from ..demo.mitigations import compare
     from ..models.load import load
@@ -98,6 +99,7 @@ def redteam(
         typer.Option(
             help="JSONL file, a line for each picture: image, caption, and control (true: never trained on). Not for 'demo'.",
             show_default=False,
+            parser=places.file,
         ),
     ] = None,
     copy_threshold: Annotated[
@@ -128,7 +130,7 @@ def redteam(
     if pairs is None and model != "demo":
         raise UsageError("Name the pictures with --pairs FILE: JSONL, a line for each with image, caption and control.")
     given = read_pictures(pairs, copy_threshold) if pairs is not None else None
-    screen.say(f"Loading {model} …")
+    screen.say_loading(f"Loading {model} …")
     from ..mitigate.base import build
     from ..models.load import load
 
@@ -179,7 +181,7 @@ def read_pictures(file: Path, copy_threshold: float | None) -> list[dict[str, An
     for k, row in enumerate(picture_lines(file, ', "control": false'), 1):
         image = file.parent / row["image"]
         require_reachable(file, "image", image, "copy the picture into the folder of the list")
-        if not image.is_file():
+        if not os.path.isfile(image):
             raise UsageError(f"{file}, line {k}: {image} does not exist.")
         found.append({"image": image, "caption": row["caption"], "control": bool(row.get("control", False))})
     if not any(not row["control"] for row in found):

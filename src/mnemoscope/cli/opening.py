@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +26,7 @@ def reference_set(folder: str | Path | None, model: str | None) -> Any:
         from ..similarity.storage import MANIFEST
 
         path = Path(folder)
-        named = path.is_dir() and not (path / MANIFEST).exists()
+        named = path.is_dir() and not os.path.exists(path / MANIFEST)
         few = _few_pictures(path) if named else None
         if few is not None:
             return few

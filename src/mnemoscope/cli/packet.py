@@ -7,15 +7,21 @@ from typing import Annotated
 
 import typer
 
-from . import screen
+from . import places, screen
 
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
 
 
 def pack(
-    runs: Annotated[list[Path], typer.Argument(help="A run folder, or the folders of one audit's shards.")],
+    runs: Annotated[
+        list[Path],
+        typer.Argument(help="A run folder, or the folders of one audit's shards.", parser=places.folder),
+    ],
     out: Annotated[
-        Path | None, typer.Option(help="File to write; default RUN.packet.zip beside the run.", show_default=False)
+        Path | None,
+        typer.Option(
+            help="File to write; default RUN.packet.zip beside the run.", show_default=False, parser=places.written_file
+        ),
     ] = None,
     images: Annotated[
         bool,
@@ -48,7 +54,7 @@ def pack(
 
 
 def verify(
-    packet: Annotated[Path, typer.Argument(help="A packet of `mnemoscope pack`.")],
+    packet: Annotated[Path, typer.Argument(help="A packet of `mnemoscope pack`.", parser=places.file)],
     digest: Annotated[
         str | None, typer.Option(help="The digest that was noted when it was packed.", show_default=False)
     ] = None,

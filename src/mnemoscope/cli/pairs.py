@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Annotated, Any
 
 import typer
@@ -11,11 +11,12 @@ from .. import redaction
 from ..bounds import Bound, shown
 from ..errors import UsageError
 from ..parsing import ParseError, parse_yaml
+from ..records.places import require_readable, require_utf8
 
 
-def option(text: str, *names: str) -> Any:
-    """An option whose default is the configuration's, not the command line's."""
-    return typer.Option(*names, help=text, show_default=False)
+def option(text: str, *names: str, parser: Callable[[str], Any] | None = None) -> Any:
+    """An option whose default is the configuration's, not the command line's; ``parser`` is of :mod:`.places`."""
+    return typer.Option(*names, help=text, show_default=False, parser=parser)
 
 
 def number_option(bound: Bound, text: str, *names: str) -> Any:
@@ -72,6 +73,7 @@ def read_pairs(option: str, pairs: Iterable[str] | None, example: str) -> dict[s
 
 def model_options(pairs: list[str] | None, lora: list[str] | None = None) -> dict[str, Any]:
     """``name=value`` pairs for the loader, and the LoRA files with their scales."""
+    require_utf8(pairs, "--model-option")
     found = read_pairs("--model-option", pairs, "revision=main")
     for name in found.keys() & {"dtype", "device"}:
         raise UsageError(f"--model-option {name}: write --{name} {found[name]}.")
@@ -79,6 +81,9 @@ def model_options(pairs: list[str] | None, lora: list[str] | None = None) -> dic
         if "lora" in found:
             raise UsageError("--lora and --model-option lora=… both name a LoRA; repeat --lora for several.")
         found["lora"] = dict(map(_scaled, lora))
+        for file in found["lora"]:
+            require_utf8(file, "--lora")
+            require_readable(file)  # a hub id is nothing here, and passes
     return found
 
 

@@ -10,12 +10,12 @@ import typer
 
 from ..bounds import COUNT
 from ..errors import UsageError
-from . import screen
+from . import places, screen
 from .pairs import model_options, number_option
 
 
 def regions(
-    run: Annotated[Path, typer.Argument(help="Run folder of an audit.")],
+    run: Annotated[Path, typer.Argument(help="Run folder of an audit.", parser=places.folder)],
     top: Annotated[int, number_option(COUNT, "How many of the worst prompts.")] = 8,
     kind: Annotated[str, typer.Option(help="curvature, score or attention.")] = "curvature",
     model: Annotated[
@@ -40,7 +40,7 @@ def regions(
         raise UsageError(
             f"{run} gave each prompt noises of its own, and maps are made from the shared ones; audit with seed_mode shared."
         )
-    screen.say(f"Loading {model or 'the model of the run'} …")  # before torch is imported, which takes its time
+    screen.say_loading(f"Loading {model or 'the model of the run'} …")  # before torch is imported, which takes its time
     from ..audit.replay import config_of, require_model
     from ..audit.request import identity_of, load
     from ..explain.overlay import overlay

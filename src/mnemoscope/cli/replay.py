@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..bounds import COUNT, DIFFERENCE, SEED
-from . import screen
+from . import places, screen
 from .opening import reference_set
 from .pairs import number_option, read_pairs
 
@@ -24,7 +25,9 @@ MARGIN = 40
 
 
 def replay(
-    run: Annotated[Path, typer.Argument(help="A run folder, or a packet of `mnemoscope pack`.")],
+    run: Annotated[
+        Path, typer.Argument(help="A run folder, or a packet of `mnemoscope pack`.", parser=places.file_or_folder)
+    ],
     ids: Annotated[
         list[str] | None,
         typer.Argument(
@@ -47,7 +50,8 @@ def replay(
         bool, typer.Option("--accept-model", help="Go on with another model than the recorded one; the result says so.")
     ] = False,
     reference: Annotated[
-        Path | None, typer.Option(help="Reference set that pictures were compared with.", show_default=False)
+        Path | None,
+        typer.Option(help="Reference set that pictures were compared with.", show_default=False, parser=places.folder),
     ] = None,
     tolerance: Annotated[
         float | None,
@@ -56,7 +60,10 @@ def replay(
     batch_size: Annotated[int | None, number_option(COUNT, "Samples per batch; default: that of the run.")] = None,
     dtype: Annotated[str | None, typer.Option(help="Default: the recorded one.", show_default=False)] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, …", show_default=False)] = None,
-    out: Annotated[Path | None, typer.Option(help="JSON file to write the result to.", show_default=False)] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="JSON file to write the result to.", show_default=False, parser=places.written_file),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
 ) -> None:
     """Compute samples again and compare. Exit 0: they agree; 1: they differ; 2: wrong command; 3: cannot be judged.
@@ -64,7 +71,9 @@ def replay(
     Example: mnemoscope replay runs/demo --sample 4
     """
     with _evidence(run) as evidence:
-        screen.say(f"Loading {model or 'the model of the run'} …")  # before torch is imported, which takes its time
+        screen.say_loading(
+            f"Loading {model or 'the model of the run'} …"
+        )  # before torch is imported, which takes its time
         from ..audit.replay import choose, config_of, require_model
         from ..audit.replay import replay as compute
         from ..report.summary import finite
@@ -106,7 +115,7 @@ def replay(
 @contextmanager
 def _evidence(path: Path) -> Iterator[Evidence]:
     """A folder, or a packet whose sums hold."""
-    if path.is_dir() or not path.exists():
+    if os.path.isdir(path) or not os.path.exists(path):
         yield _of_folder(path)
         return
     from ..report.archive import Archive

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from .. import redaction
+from .. import interrupts, redaction
 from ..terminal import guarded, json_safe, one_line, unguarded, visible
 from . import output
 
@@ -32,6 +32,9 @@ log = logging.getLogger(__name__)
 
 QUIET = False
 """Set by ``--quiet``: nothing but results and errors."""
+
+STOPPED = False
+"""Set once it was said that Ctrl-C ended the command."""
 
 
 def enabled(variable: str) -> bool:
@@ -70,8 +73,15 @@ def say(text: str) -> None:
         print(one_line(text), file=output.own_stderr(), flush=True)
 
 
+def say_loading(text: str) -> None:
+    """What is opened now, said before torch is imported; until :func:`say_target` or :func:`stoppable`, Ctrl-C ends at once."""
+    say(text)
+    interrupts.begin_loading()
+
+
 def say_target(target: Target) -> None:
     """Which model runs where, in what precision and why."""
+    interrupts.end_loading()
     reason = getattr(target, "dtype_reason", "")
     say(f"{target.name} on {target.device}, {reason or str(target.dtype).removeprefix('torch.')}")
 
@@ -163,11 +173,14 @@ def show_summary(summary: Summary, *, most: int = 12) -> None:
 @contextmanager
 def stoppable() -> Iterator[None]:
     """Ctrl-C says what is saved. Caught here, because typer would turn it into a bare exit code."""
+    global STOPPED
+    interrupts.end_loading()
     try:
         yield
     except KeyboardInterrupt as e:
         fail(str(e) or "stopped; the same command continues")
-        raise typer.Exit(130) from None
+        STOPPED = True
+        raise typer.Exit(interrupts.STOPPED) from None
 
 
 @contextmanager

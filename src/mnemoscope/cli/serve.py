@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import inspect
 import os
-import signal
-import sys
 from contextlib import ExitStack
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,10 +11,11 @@ from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
 
-from .. import bounds
+from .. import bounds, interrupts
 from ..bounds import AMOUNT, COUNT, FINITE, POSITIVE, SERVED_GUIDANCE, SIDE, STEPS
 from ..errors import UnknownName, UsageError
-from . import output, screen
+from ..records.files import open_to_append
+from . import output, places, screen
 from .pairs import model_options, number_option
 from .view import address, bound
 
@@ -55,7 +54,10 @@ def serve(
         str, typer.Option(help="When the guard itself fails: open draws unguarded, closed draws nothing.")
     ] = "open",
     log: Annotated[
-        Path | None, typer.Option(help="File that gets one JSON line per decision.", show_default=False)
+        Path | None,
+        typer.Option(
+            help="File that gets one JSON line per decision.", show_default=False, parser=places.appended_file
+        ),
     ] = None,
     log_prompts: Annotated[bool, typer.Option("--log-prompts", help="Write prompts into that file as well.")] = False,
     name: Annotated[
@@ -91,7 +93,10 @@ def serve(
     host: Annotated[str, typer.Option(help="Where to listen; other than this machine needs a key.")] = "127.0.0.1",
     port: Annotated[int, number_option(bounds.PORT, "0 takes a free one.")] = PORT,
     api_key_file: Annotated[
-        Path | None, typer.Option(help=f"File with the key that callers must send; or set {KEY}.", show_default=False)
+        Path | None,
+        typer.Option(
+            help=f"File with the key that callers must send; or set {KEY}.", show_default=False, parser=places.file
+        ),
     ] = None,
 ) -> None:
     """Serve a model over OpenAI's images API, with a guard in front that knows memorized content by the first step.
@@ -117,12 +122,13 @@ def serve(
         raise UsageError("--log-prompts needs --log: name the file that they should be written to.")
     if steps is not None and steps > max_steps:
         raise UsageError(f"--steps {steps} is more than --max-steps {max_steps}; make one of them fit the other.")
-    _threshold(thresholds)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # what uvicorn ends with when it was told to end
+    if isinstance(file := _threshold(thresholds), Path):
+        places.file_or_folder(str(file))
+    interrupts.take_terminate()  # with 0, which is what uvicorn ends with when it was told to end
     with ExitStack() as stack:
         listening = stack.enter_context(bound(host, port))
         written = None if log is None else stack.enter_context(_appended(log))
-        screen.say(f"Loading {model} …")  # before torch is imported, which takes its time
+        screen.say_loading(f"Loading {model} …")  # before torch is imported, which takes its time
         guarding = {
             "on_hit": on_hit, "mitigation": mitigation, "on_error": on_error, "log": written, "log_prompts": log_prompts,
             "accept": accept_threshold,
@@ -183,7 +189,7 @@ def gated(endpoint: Endpoint, host: str, key: str | None) -> ASGIApp:
 
 def _appended(log: Path) -> TextIO:
     try:
-        return log.open("a", encoding="utf-8")
+        return open_to_append(log)
     except OSError as e:
         raise UsageError(
             f"--log {log} cannot be written ({e.strerror or e}); name a file in a folder that exists."

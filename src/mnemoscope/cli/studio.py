@@ -11,7 +11,7 @@ import typer
 from .. import bounds
 from ..bounds import GUIDANCE, SEEDS, STEPS
 from ..errors import UsageError
-from . import output, screen
+from . import output, places, screen
 from .opening import bundled_calibration, reference_set
 from .pairs import model_options, number_option
 from .view import address, bound
@@ -31,19 +31,29 @@ def studio(
     ] = "demo",
     calibration: Annotated[
         Path | None,
-        typer.Option(help="Run folder of `mnemoscope calibrate`, or its thresholds.json.", show_default=False),
+        typer.Option(
+            help="Run folder of `mnemoscope calibrate`, or its thresholds.json.",
+            show_default=False,
+            parser=places.file_or_folder,
+        ),
     ] = None,
     accept_threshold: Annotated[
         bool, typer.Option("--accept-threshold", help="Use a calibration made under another setting.")
     ] = False,
     reference: Annotated[
         Path | None,
-        typer.Option(help="Reference set of `mnemoscope index build`, to look for copies in.", show_default=False),
+        typer.Option(
+            help="Reference set of `mnemoscope index build`, to look for copies in.",
+            show_default=False,
+            parser=places.folder,
+        ),
     ] = None,
     seeds: Annotated[int, number_option(SEEDS, "Pictures of a prompt, and what its score averages over.")] = 4,
     steps: Annotated[int, number_option(STEPS, "Length of the sampler's schedule.")] = 50,
     guidance: Annotated[float | None, number_option(GUIDANCE, "Guidance scale; default: the model's own.")] = None,
-    out: Annotated[Path, typer.Option(help="Where exported sessions are written.")] = Path("runs"),
+    out: Annotated[Path, typer.Option(help="Where exported sessions are written.", parser=places.later_folder)] = Path(
+        "runs"
+    ),
     dtype: Annotated[
         str | None, typer.Option(help="float32, float16 or bfloat16; default: by the device.", show_default=False)
     ] = None,
@@ -94,7 +104,7 @@ def studio(
 
 def _open(model: str, calibration: Path | None, reference: Path | None, out: Path, **settings: Any) -> Studio:
     """The model with its threshold and its reference pictures; what is missing is said."""
-    screen.say(f"Loading {model} …")  # before torch is imported, which takes its time
+    screen.say_loading(f"Loading {model} …")  # before torch is imported, which takes its time
     from ..audit.config import AuditConfig
     from ..audit.run import load
     from ..detect.calibrate import Calibration

@@ -13,7 +13,7 @@ from ..bounds import AMOUNT, COUNT, FACTOR, POSITIVE, RATE, REST, SEED, SIDE, SI
 from ..errors import UsageError
 from ..parsing import json_lines
 from ..records.files import open_regular
-from . import screen
+from . import places, screen
 from .pairs import model_options, number_option
 from .pairs import option as _option
 
@@ -31,11 +31,16 @@ def train(
         str, typer.Argument(help="Hub id, folder or .safetensors file of the model; 'demo' is the bundled one.")
     ],
     data: Annotated[
-        Path, typer.Argument(help="Folder of pictures with captions, data set that `datasets` saved, or Parquet.")
+        Path,
+        typer.Argument(
+            help="Folder of pictures with captions, data set that `datasets` saved, or Parquet.",
+            parser=places.file_or_folder,
+        ),
     ],
-    out: Annotated[Path, typer.Option(help="Where everything is written; the same command continues.")] = Path(
-        "runs/train"
-    ),
+    out: Annotated[
+        Path,
+        typer.Option(help="Where everything is written; the same command continues.", parser=places.written_folder),
+    ] = Path("runs/train"),
     steps: Annotated[int | None, number_option(COUNT, "Steps of the optimizer; default 1000.")] = None,
     batch_size: Annotated[int | None, number_option(COUNT, "Pictures per pass of one process; default 4.")] = None,
     accumulate: Annotated[int | None, number_option(COUNT, "Passes whose gradients make one step; default 1.")] = None,
@@ -73,7 +78,10 @@ def train(
         float | None, number_option(RATE, "Share of clean samples that an automatic filter may drop; default 0.05.")
     ] = None,
     clean: Annotated[
-        Path | None, _option("Captioned pictures known to be clean; default: a part of DATA is held out.")
+        Path | None,
+        _option(
+            "Captioned pictures known to be clean; default: a part of DATA is held out.", parser=places.file_or_folder
+        ),
     ] = None,
     heldout: Annotated[float | None, number_option(RATE, "How large a part; default 0.1.")] = None,
     running_scores: Annotated[
@@ -142,10 +150,12 @@ def train(
     from ..train.config import TrainConfig
 
     settings = TrainConfig(**given, model_options=model_options(model_option))
+    if isinstance(settings.filter, str) and settings.filter != "auto":
+        places.file(settings.filter)
     main = os.environ.get("RANK", "0") == "0"
     if not main:
         screen.QUIET = True
-    screen.say(f"Loading {model} …")
+    screen.say_loading(f"Loading {model} …")
     try:
         from ..train.run import fine_tune, plan
     except ModuleNotFoundError as e:

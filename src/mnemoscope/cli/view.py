@@ -12,14 +12,16 @@ import typer
 
 from .. import bounds
 from ..errors import UsageError
-from . import screen
+from . import places, screen
 from .pairs import number_option
 
 PORT = 7347
 
 
 def view(
-    folder: Annotated[Path, typer.Argument(help="A run folder, or a folder that holds runs.")] = Path("runs"),
+    folder: Annotated[
+        Path, typer.Argument(help="A run folder, or a folder that holds runs.", parser=places.folder)
+    ] = Path("runs"),
     host: Annotated[str, typer.Option(help="Where to listen; other than this machine needs a token.")] = "127.0.0.1",
     port: Annotated[int, number_option(bounds.PORT, "0 takes a free one.")] = PORT,
     token: Annotated[

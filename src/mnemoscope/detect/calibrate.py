@@ -12,6 +12,7 @@ the ordinary prompts are of the kind that is audited; about prompts of another k
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -202,10 +203,10 @@ class Calibration:
             UsageError: there is none, it is damaged, or its threshold does not follow from its scores.
         """
         path = Path(path)
-        folder = path if path.is_dir() else None
+        folder = path if os.path.isdir(path) else None
         if folder is not None:
             path = folder / "thresholds.json"
-            if not path.is_file():
+            if not os.path.isfile(path):
                 raise UsageError(f"{folder} holds no thresholds.json; write one with `mnemoscope calibrate`.")
         try:
             data = read_regular(path, LARGEST) if folder is None else read_inside(folder, path.name, LARGEST)

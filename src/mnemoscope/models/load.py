@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .. import interrupts
 from ..bounds import GUIDANCE, LORA_SCALE, SIDE, shown
 from ..errors import CannotAudit, UnknownName, UsageError
 from . import sources
@@ -139,6 +140,7 @@ def _require_numbers(guidance: Any, resolution: Any) -> None:
             )
 
 
+@interrupts.loading()
 def open_pipeline(
     source: str | Path,
     *,

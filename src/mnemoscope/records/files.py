@@ -13,7 +13,7 @@ import stat
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TextIO
 
 __all__ = [
     "file_inside",
@@ -23,6 +23,7 @@ __all__ = [
     "leads_out",
     "open_inside",
     "open_regular",
+    "open_to_append",
     "read_inside",
     "read_regular",
 ]
@@ -63,6 +64,18 @@ def read_regular(path: str | Path, limit: int | None = None) -> bytes:
         if (size := os.fstat(file.fileno()).st_size) > limit:
             raise OSError(errno.EFBIG, f"it has {size:,} bytes, and the limit is {limit:,}", str(path))
         return file.read(limit)
+
+
+def open_to_append(path: str | Path) -> TextIO:
+    """Open a file for lines of UTF-8 that are added to it; it is made where it is not there. A device or a pipe takes them too.
+
+    Raises:
+        OSError: it cannot be written, or it is a pipe that nobody reads: opening it would wait for a reader.
+    """
+    number = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | _WITHOUT_WAITING, 0o666)
+    if hasattr(os, "O_NONBLOCK"):
+        os.set_blocking(number, True)
+    return os.fdopen(number, "a", encoding="utf-8")
 
 
 def leads_out(folder: str | Path, path: str | Path) -> bool:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,7 +77,7 @@ def draw_file(name: str, number: int) -> str:
 
 def is_measures(folder: str | Path) -> bool:
     """Whether a folder holds measured pictures, and no audit."""
-    return (Path(folder) / NAME).is_file() and not (Path(folder) / "run.json").is_file()
+    return os.path.isfile(Path(folder) / NAME) and not os.path.isfile(Path(folder) / "run.json")
 
 
 def measured_with(run: str | Path) -> Path | None:
@@ -86,7 +87,7 @@ def measured_with(run: str | Path) -> Path | None:
         RunError: it is a link that leads out of the run folder.
     """
     folder = Path(run) / MEASURES
-    if not (folder / NAME).is_file():
+    if not os.path.isfile(folder / NAME):
         return None
     if leads_out(run, folder):
         raise RunError(f"{folder} is a link that leads out of the run folder; take it out, or put the folder there.")

@@ -18,7 +18,7 @@ import re
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     import pyarrow
 
 __all__ = [
+    "OutFolder",
     "Run",
     "Tally",
     "Writer",
@@ -46,6 +47,7 @@ __all__ = [
     "digest",
     "free_folder",
     "known_differences",
+    "locked",
     "sample_id",
     "write_whole",
 ]
@@ -71,7 +73,7 @@ def free_folder(folder: str | Path) -> Path:
     """``folder`` if nothing is there yet, else the first of ``folder-2``, ``folder-3``, …: where a fresh start may write."""
     folder, n = Path(folder), 1
     free = folder
-    while free.exists():
+    while os.path.lexists(free):
         n += 1
         free = folder.with_name(f"{folder.name}-{n}")
     return free
@@ -122,9 +124,10 @@ class Run:
         folder = Path(folder)
         with explained(folder):
             folder.mkdir(parents=True, exist_ok=True)
-        with _lock(folder, "manifest", wait=30.0):
+        with locked(folder / ".lock-manifest", wait=30.0):
             if not cls.exists(folder):
-                strangers = sorted(p.name for p in folder.iterdir() if not p.name.startswith("."))
+                with explained(folder):
+                    strangers = sorted(p.name for p in folder.iterdir() if not p.name.startswith("."))
                 if strangers:
                     raise RunError(f"{folder} holds {strangers[0]!r} and no run; choose a new folder for the run.")
                 with explained(folder):
@@ -138,7 +141,7 @@ class Run:
 
         ``forwards`` is a count to add, since every process knows only its own share; everything else is set.
         """
-        with _lock(self.folder, "manifest", wait=30.0), explained(self.folder):
+        with locked(self.folder / ".lock-manifest", wait=30.0), explained(self.folder):
             stored = self._read_manifest()
             changes["forwards"] = stored.forwards + changes.get("forwards", 0)
             self.manifest = Manifest.model_validate(stored.model_dump() | changes)
@@ -377,7 +380,8 @@ class Writer:
         shard: Number of the shard to write; None: the whole run (``samples.jsonl``).
 
     Raises:
-        RunError: another process is writing this file, or the disk is full; what was written before stays readable.
+        RunError: another process is writing this file, the disk is full, or somebody deleted the file; what was written before stays
+            readable.
     """
 
     def __init__(self, run: Run, shard: int | None = None):
@@ -405,6 +409,7 @@ class Writer:
 
     def append_lines(self, data: bytes) -> None:
         """Append whole lines as they are."""
+        require_file(self._file, self.path)
         with explained(self.run.folder):
             try:
                 write_all(self._file, data)
@@ -416,6 +421,7 @@ class Writer:
 
     def save(self, name: str, data: bytes) -> str:
         """Write a file of the run (such as ``images/<id>.webp``) at once or not at all; returns its name."""
+        require_file(self._file, self.path)
         write_whole(self.run.folder / name, data)
         return name
 
@@ -588,28 +594,85 @@ def explained(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _lock(folder: Path, name: str, wait: float) -> Iterator[None]:
+def locked(path: Path, wait: float = 0.0) -> Iterator[None]:
+    """Hold a lock file. The lock belongs to the operating system: it ends with the process, however the process ends.
+
+    Args:
+        path: The file; its folder is there.
+        wait: Seconds to wait for another process; below 0: until it ends.
+
+    Raises:
+        RunError: another process holds the lock, or the file cannot be made.
+    """
+    lock = FileLock(path, timeout=wait)
+    with explained(path.parent):
+        try:
+            lock.acquire()
+        except Timeout:
+            raise in_use(path.parent) from None
     try:
-        with FileLock(folder / f".lock-{name}", timeout=wait):
-            yield
-    except Timeout:
-        raise RunError(
-            f"{folder} has been locked by another process for {wait:g} seconds; wait for it to end."
-        ) from None
+        yield
+    finally:
+        lock.release()
 
 
 def in_use(folder: Path) -> RunError:
     return RunError(f"{folder} is being written by another process; wait for it to end, or choose another folder.")
 
 
-@contextmanager
-def _sole_writer(path: Path, wait: float) -> Iterator[None]:
+def _sole_writer(path: Path, wait: float) -> AbstractContextManager[None]:
     """Hold the lock of a file of rows; whoever does is the only one to write it."""
+    return locked(path.parent / f".lock-{path.stem}", wait)
+
+
+class OutFolder:
+    """A folder that a command writes results to, made where there is none, to notice that somebody deletes it meanwhile.
+
+    Args:
+        folder: Its path.
+
+    Raises:
+        RunError: it cannot be made.
+    """
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+        with explained(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._facts = os.stat(self.folder)
+
+    def require(self, *names: str) -> None:
+        """Refuse to go on where the folder, or a file in it, is no longer there: results would be written that belong to nothing.
+
+        Raises:
+            RunError: it was deleted, or replaced by another.
+        """
+        try:
+            same = os.path.samestat(self._facts, os.stat(self.folder))
+        except OSError:
+            same = False
+        if not same or not all(os.path.lexists(self.folder / name) for name in names):
+            raise deleted(self.folder)
+
+
+def require_file(file: int, path: Path) -> None:
+    """Refuse to go on where a file that is open for writing is no longer at its path.
+
+    Raises:
+        RunError: it was deleted, or replaced by another: what is written to it would be lost.
+    """
     try:
-        with FileLock(path.parent / f".lock-{path.stem}", timeout=wait):
-            yield
-    except Timeout:
-        raise in_use(path.parent) from None
+        same = os.path.samestat(os.fstat(file), os.stat(path))
+    except OSError:
+        same = False
+    if not same:
+        raise deleted(path.parent)
+
+
+def deleted(folder: Path) -> RunError:
+    return RunError(
+        f"{folder} was deleted or emptied while this command wrote to it, and what was saved there is gone; repeat the command."
+    )
 
 
 @contextmanager

@@ -28,6 +28,7 @@ from .. import redaction
 from ..bounds import COUNT, RATE, WORKERS, within
 from ..errors import ModelFault, RunError, UsageError
 from ..records.files import hash_file
+from ..records.places import require_utf8
 from ..records.store import differences, explained, whole
 from ..stats import least_ordinary, threshold_at_fpr
 from .base import DEFAULT, Descriptor, Match, Pictures, build, build_from_document, describe, matched, too_long
@@ -169,6 +170,7 @@ class ReferenceIndex:
             KeyboardInterrupt: stopped by the user; its text says how much is saved.
         """
         pictures = open_source(source, column=column, id_column=id_column)
+        require_utf8(pictures.describe(), "the source of pictures")
         maker = descriptor if isinstance(descriptor, str) else None
         made = build(descriptor, options) if isinstance(descriptor, str) else descriptor
         record = DescriptorRecord(

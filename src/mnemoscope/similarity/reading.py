@@ -165,9 +165,9 @@ def reopened(record: dict[str, Any]) -> Source | None:
 
 
 def _of_path(path: Path, column: str | None, id_column: str | None) -> Source:
-    if path.is_dir():
+    if os.path.isdir(path):
         return _of_folder(path, column, id_column)
-    if not path.exists():
+    if not os.path.exists(path):
         raise UsageError(f"{path} does not exist; give a folder, an archive or a Parquet file of pictures.")
     if path.suffix.lower() == ".zip":
         return _Zip(path)
@@ -328,7 +328,7 @@ def _walk(folder: Path, inside: str = "") -> Iterator[Entry]:
         name = f"{inside}{item.name}"
         if item.is_dir(follow_symlinks=False):
             yield from _walk(folder, f"{name}/")
-        elif item.is_symlink() and item.is_dir():
+        elif item.is_symlink() and os.path.isdir(item.path):  # not item.is_dir(), which raises for a link to itself
             yield _lost(name, "link: to a folder, not followed")
         elif os.path.splitext(item.name)[1].lower() in ENDINGS:
             # Only a link can lead out; asking that of every file would take longer than opening it.

@@ -23,6 +23,7 @@ import os
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from itertools import islice
@@ -30,7 +31,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import numpy as np
-from filelock import FileLock, Timeout
 from jaxtyping import Bool, Float
 from PIL import Image
 from pydantic import ConfigDict, Field, ValidationError, field_validator
@@ -40,8 +40,19 @@ from ..parsing import ParseError, parse_json, through_json
 from ..records.files import file_inside, hash_file, open_inside
 from ..records.marks import has_mark, mark_of
 from ..records.once import compute_once
+from ..records.places import require_utf8
 from ..records.schema import Record
-from ..records.store import explained, first_error, in_use, read_document, short, sound_lines, write_all, write_whole
+from ..records.store import (
+    explained,
+    first_error,
+    locked,
+    read_document,
+    require_file,
+    short,
+    sound_lines,
+    write_all,
+    write_whole,
+)
 from . import search
 from .lengths import Lengths, examine
 from .reading import Anything, Source, open_source, picture_of, reopened
@@ -317,7 +328,7 @@ class IndexFolder:
     @classmethod
     def exists(cls, folder: str | Path) -> bool:
         """Whether a folder holds an index."""
-        return (Path(folder) / MANIFEST).is_file() and (Path(folder) / ROWS).is_file()
+        return os.path.isfile(Path(folder) / MANIFEST) and os.path.isfile(Path(folder) / ROWS)
 
     @classmethod
     def create(cls, folder: str | Path, manifest: IndexManifest) -> IndexFolder:
@@ -562,6 +573,7 @@ class IndexFolder:
         number = known.index(prefix)
         record = self.manifest.sources[number]
         source = open_source(pictures, column=record.get("column"), id_column=record.get("id_column"))
+        require_utf8(source.describe(), "the place of pictures")
         rows = (row for row in self.rows() if row.source == number and row.sha256 is not None)
         some = list(islice(rows, TRIED))
         if not any(picture_of(source, self._place(row), row.sha256 or "") for row in some):
@@ -726,35 +738,30 @@ class IndexWriter:
         lost: Rows that were gone when it was opened, of an index that was done.
 
     Raises:
-        RunError: another process writes this index, the disk is full, or a file is damaged or not the one that the last build left.
+        RunError: another process writes this index, the disk is full, a file is damaged or not the one that the last build left, or
+            somebody deleted it meanwhile.
     """
 
     def __init__(self, index: IndexFolder):
         self.index, self.known = index, Ledger()
         self.unread: dict[str, str] = {}
         self.lost = 0
-        self._lock = FileLock(index.folder / ".lock", timeout=0)
 
     def __enter__(self) -> IndexWriter:
-        try:
-            self._lock.acquire()
-        except Timeout:
-            raise in_use(self.index.folder) from None
-        try:
+        with ExitStack() as held:
+            held.enter_context(locked(self.index.folder / ".lock"))
             self.index.refresh()  # another process may have written it before we had the lock
             self._take_stock()
             with explained(self.index.folder):
                 self._rows = _Appended(self.index.folder / ROWS, self._end)
+                held.callback(self._rows.close)
                 self._vectors = _Appended(self.index.folder / VECTORS, self.vectors * self._stride)
-        except BaseException:
-            self._lock.release()
-            raise
+                held.callback(self._vectors.close)
+            self._held = held.pop_all()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._rows.close()
-        self._vectors.close()
-        self._lock.release()
+        self._held.close()
 
     def _take_stock(self) -> None:
         self._end = self.vectors = rows = pictures = 0
@@ -806,10 +813,12 @@ class _Appended:
     """A file that is only ever appended to; half of an append is none."""
 
     def __init__(self, path: Path, end: int):
+        self._path = path
         self._file, self._end = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666), end
         os.ftruncate(self._file, end)  # what the process before us tore
 
     def append(self, data: bytes) -> None:
+        require_file(self._file, self._path)
         try:
             write_all(self._file, data)
             os.fsync(self._file)

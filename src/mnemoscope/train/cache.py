@@ -7,6 +7,7 @@ it (as the training of Rombach et al., CVPR 2022, does); a mirrored picture is e
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from filelock import FileLock
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
@@ -22,7 +22,7 @@ from ..mitigate.captions import CaptionAugmentation, noise_embeddings
 from ..models.host import DiffusersTarget
 from ..records.files import hash_file, read_regular
 from ..records.once import compute_once
-from ..records.store import digest, whole, write_whole
+from ..records.store import digest, explained, locked, whole, write_whole
 from ..types import Latents
 from .data import TrainingSet
 
@@ -75,12 +75,15 @@ def encode_pictures(
         return LatentCache(moments)
     key = digest([data.digest(), shape, str(target.vae.dtype), target.origin.source, target.origin.revision])
     record = file.with_suffix(".key")
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(file.with_name(f".lock-{file.stem}")):  # of several processes the first one encodes
-        if not _holds(file, record, key, 4 * math.prod(shape)):
+    with explained(file.parent):
+        file.parent.mkdir(parents=True, exist_ok=True)
+    with locked(file.with_name(f".lock-{file.stem}"), wait=-1):  # of several processes the first one encodes
+        size = 4 * math.prod(shape)
+        if not _holds(file, record, key, size):
             record.unlink(missing_ok=True)
-            with whole(file) as half:
-                moments = np.memmap(half, np.float32, "w+", shape=shape)
+            with explained(file.parent), whole(file) as half:
+                _reserve(half, size)
+                moments = np.memmap(half, np.float32, "r+", shape=shape)
                 _fill(moments, target, data, side, tell)
                 moments.flush()
             write_whole(record, _recorded(file, key))
@@ -98,6 +101,15 @@ def _holds(file: Path, record: Path, key: str, size: int) -> bool:
 def _recorded(file: Path, key: str) -> bytes:
     """What is kept beside a file of latents: what it was made from, and its hash."""
     return f"{key} {compute_once(file, 'sha256', hash_file)}".encode()
+
+
+def _reserve(path: str, size: int) -> None:
+    """Make a file of that many bytes, on the disk: where a disk is full, writing to mapped memory ends the process without a word."""
+    with open(path, "wb") as file:
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(file.fileno(), 0, size)
+        else:
+            file.truncate(size)
 
 
 def _fill(moments: Any, target: DiffusersTarget, data: TrainingSet, side: int, tell: Callable[[int], None]) -> None:

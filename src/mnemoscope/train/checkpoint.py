@@ -10,7 +10,8 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -56,17 +57,24 @@ class Checkpoints:
         Args:
             step: How many steps are done.
             fill: Writes files into a folder, and returns what else is to be known, as plain values.
+
+        Raises:
+            RunError: the disk is full, or cannot be written to; earlier checkpoints are as they were.
         """
         place = self.folder / f"step-{step:07d}"
         half = self.folder / f".{place.name}.{os.getpid()}"
-        with explained(self.folder):
+        with weights_explained(self.folder):
             self._sweep()
             half.mkdir(parents=True)
-            state = {"step": step, **fill(half)}
-            (half / "state.json").write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
-            _to_disk(half)
-            shutil.rmtree(place, ignore_errors=True)
-            half.replace(place)
+            try:
+                state = {"step": step, **fill(half)}
+                (half / "state.json").write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
+                _to_disk(half)
+                shutil.rmtree(place, ignore_errors=True)
+                half.replace(place)
+            except BaseException:
+                shutil.rmtree(half, ignore_errors=True)  # half a checkpoint would hold what a full disk lacks
+                raise
             for _, old in self.found()[: -self.keep]:
                 shutil.rmtree(old)
         return place
@@ -75,6 +83,22 @@ class Checkpoints:
         """Remove what killed processes left."""
         for old in self.folder.glob(".step-*"):
             shutil.rmtree(old, ignore_errors=True)
+
+
+@contextmanager
+def weights_explained(folder: Path) -> Iterator[None]:
+    """As :func:`~mnemoscope.records.store.explained`; safetensors reports what the disk says by an error of its own.
+
+    Raises:
+        RunError: the folder cannot be written.
+    """
+    with explained(folder):
+        try:
+            yield
+        except SafetensorError as e:
+            if (number := re.search(r"\(os error (\d+)\)", str(e))) is None:
+                raise
+            raise OSError(int(number[1]), os.strerror(int(number[1]))) from e
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

@@ -5,6 +5,7 @@ Defaults are written here and nowhere else. The docstring under a setting is its
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -13,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from .. import redaction
 from ..bounds import AMOUNT, COUNT, FACTOR, POSITIVE, RATE, REST, SEED, SIDE, SIMILARITY, SIZE, Bound, shown
 from ..errors import UnknownName, UsageError
+from ..records.places import require_utf8
 
 __all__ = ["AUGMENTATIONS", "TrainConfig"]
 
@@ -158,6 +160,13 @@ class TrainConfig(BaseModel):
             super().__init__(**settings)
         except ValidationError as e:
             raise _sentence(e) from None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _can_be_kept(cls, settings: Any) -> Any:
+        for name, value in settings.items() if isinstance(settings, Mapping) else ():
+            require_utf8(value, name)
+        return settings
 
     @field_validator("model_options")
     @classmethod

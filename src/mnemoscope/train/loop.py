@@ -15,8 +15,9 @@ from torch import Tensor
 
 from ..errors import ModelFault
 from ..mitigate.visits import WorstImage, write_worst
+from ..records.store import OutFolder
 from .card import write_captions, write_card
-from .checkpoint import Checkpoints, StepLog
+from .checkpoint import Checkpoints, StepLog, weights_explained
 from .config import TrainConfig
 from .draws import Draws, Visits
 from .looks import VALIDATION, Canaries, validate
@@ -105,6 +106,7 @@ class Loop:
         )  # fmt: skip
         self.checkpoints = Checkpoints(self.folder / "checkpoints", config.keep)
         self.losses = StepLog(self.folder / "losses.jsonl")
+        self.standing = OutFolder(self.folder)
         self.canaries = self._canaries()
         self.pending: list[Tensor] = []
 
@@ -195,6 +197,7 @@ class Loop:
                     f"bf16 instead of fp16."
                 )
         if self.accelerator.is_main_process:
+            self.standing.require("train.json")
             self.losses.append(lines)
         if self.config.tracker:
             for line in lines:
@@ -280,7 +283,7 @@ class Loop:
             worst=worst,
         )
         if self.accelerator.is_main_process:
-            with self.state.averaged():
+            with self.state.averaged(), weights_explained(self.folder):
                 p.trainee.save(self.folder)
             names = [picture.id for picture in p.data.pictures]
             if scores is not None:

@@ -12,13 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
-from filelock import FileLock, Timeout
 
 from ..errors import RunError, UnknownName, UsageError
 from ..mitigate.timesteps import TimestepThresholds
 from ..mitigate.training import MemorizationFilter
 from ..records.documents import read_json
-from ..records.store import differences, digest, explained, in_use, write_whole
+from ..records.store import differences, digest, explained, locked, write_whole
 from ..similarity.reading import Anything
 from .cache import Captions, LatentCache, encode_pictures
 from .config import TrainConfig
@@ -111,11 +110,8 @@ def sole_trainer(folder: Path, main: bool) -> Iterator[None]:
         return
     with explained(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    try:
-        with FileLock(folder / ".lock-train", timeout=0):
-            yield
-    except Timeout:
-        raise in_use(folder) from None
+    with locked(folder / ".lock-train"):
+        yield
 
 
 def looked_at(config: TrainConfig, side: int, data: Anything = None) -> TrainingSet:
@@ -260,7 +256,7 @@ def _deduped(config: TrainConfig, found: TrainingSet, folder: Path, say: Say) ->
     if config.dedupe == "off":
         return found, None
     path = folder / "duplicates.json"
-    with FileLock(folder / ".lock-duplicates"):  # of several processes the first one looks
+    with locked(folder / ".lock-duplicates", wait=-1):  # of several processes the first one looks
         known = read_repeats(path, found)
         if known is None:
             say(f"Looking for near-duplicates among {len(found):,} pictures …")

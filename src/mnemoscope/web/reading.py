@@ -134,7 +134,7 @@ class Library:
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
-        if not self.folder.is_dir():
+        if not os.path.isdir(self.folder):
             raise UsageError(
                 f"there is no folder {self.folder}; give one that holds runs, or make a first run: mnemoscope demo"
             )
