@@ -18,6 +18,7 @@ from mnemoscope.audit.config import AuditConfig
 from mnemoscope.audit.run import audit
 from mnemoscope.models import load as loading
 from mnemoscope.records.store import Run
+from mnemoscope.report.archive import sha256_of, write_sums
 
 ASSETS = Path(__file__).parents[2] / "src" / "mnemoscope" / "demo" / "assets" / "text-to-image"
 
@@ -62,6 +63,7 @@ def test_pack_prints_the_file_and_the_digest_that_verify_prints(run, folder: Pat
     assert (code, out.splitlines()[-1]) == (0, digest)
     assert "v2.packet.zip is sound" in out
     assert "Checked: 4 rows" in err
+    assert "Not compared: scores, similarities and pictures with the model" in err
     assert run("verify", path, "--digest", digest.split()[1])[0] == 0
     code, out, _ = run("verify", path, "--digest", "0" * 64)
     assert code == 1
@@ -93,13 +95,36 @@ def test_a_changed_packet_is_exit_1_with_a_line_for_each_fault(run, folder: Path
     assert run("replay", "q.zip")[0] == 2
 
 
+def test_a_packet_of_another_version_that_says_other_numbers_is_exit_3(run, folder: Path) -> None:
+    run("pack", folder, "--out", "p.zip")
+    with zipfile.ZipFile("p.zip") as old:
+        contents = {name: old.read(name) for name in old.namelist()}
+    statement = json.loads(contents["packet.json"])
+    statement["made_with"]["mnemoscope"] = "0.0.9"
+    statement["headline"] = "0 of 4 samples are above any threshold."
+    contents["packet.json"] = json.dumps(statement).encode()
+    contents["SHA256SUMS"] = write_sums(
+        {name: sha256_of([data]) for name, data in contents.items() if name != "SHA256SUMS"}
+    )
+    with zipfile.ZipFile("q.zip", "w") as new:
+        for name, data in contents.items():
+            new.writestr(name, data)
+    code, out, err = run("verify", "q.zip")
+    assert code == 3
+    assert out.startswith("q.zip cannot be judged, which is no pass: the sentences of packet.json")
+    assert "Cannot be judged: the sentences of packet.json" in err
+    assert "Not compared: " in err
+    code, out, _ = run("verify", "q.zip", "--json")
+    assert (code, json.loads(out)["sound"], json.loads(out)["exit_code"]) == (3, False, 3)
+
+
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
         (["pack", "nowhere"], "nowhere holds no run"),
         (["pack"], "Missing argument"),
         (["verify", "nowhere.zip"], "nowhere.zip does not exist"),
-        (["verify", "runs/v2"], "is no whole zip archive"),
+        (["verify", "runs/v2"], "runs/v2 is a folder; name a file"),
         (["replay", "nowhere"], "nowhere holds no run"),
         (["replay", "runs/v2/run.json"], "is no whole zip archive"),
         (["replay", "runs/v2", "p9"], "'p9' is no sample and no prompt"),
@@ -120,7 +145,7 @@ def test_a_run_that_is_not_done_is_packed_with_a_note(run, folder: Path) -> None
     Run(folder).update(status="interrupted")
     code, _, err = run("pack", folder)
     assert code == 0
-    assert "Note: the run is interrupted, and the packet says so." in err
+    assert "Note: the run is interrupted (4 of 4 samples are there), and the packet says so." in err
     code, _, err = run("verify", "runs/v2.packet.zip")
     assert code == 0
     assert "the run is interrupted" in err

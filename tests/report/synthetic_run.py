@@ -77,10 +77,12 @@ def make_run(
     reference: bool = True,
     calibrated: bool = True,
     labels: bool = False,
+    failure: bool = True,
     prompts: dict[int, str] | None = None,
     **manifest: object,
 ) -> Path:
-    """Write a run folder; ``prompts`` replaces the text of single prompts."""
+    """Write a run folder; ``prompts`` replaces the text of single prompts, and without ``failure`` every sample has a result."""
+    manifest = {"status": "incomplete" if failure else "done"} | manifest
     rng = np.random.default_rng(7)
     run = Run.open(folder, _manifest(per_group * len(CHANCE) * seeds, seeds, manifest))
     rows: list[Row] = []
@@ -95,7 +97,8 @@ def make_run(
                     rows.append(
                         _row(rng, writer, text, f"p{g}-{i}", group, seed, concept, pull, pictures, reference, labels)
                     )
-        rows[-1] = Row(**_head(rows[-1]), status="error", error="ModelFault: predicted NaN at step 3")
+        if failure:
+            rows[-1] = Row(**_head(rows[-1]), status="error", error="ModelFault: predicted NaN at step 3")
         rows[5].tokens_dropped = 12
         writer.append(rows)
         for concept in range(60):
@@ -147,7 +150,6 @@ def _row(rng, writer, text, prompt_id, group, seed, concept, pull, pictures, ref
 
 def _manifest(asked: int, seeds: int, changes: dict) -> Manifest:
     facts = {
-        "status": "incomplete",  # one sample failed
         "setting": SETTING,
         "command": "mnemoscope audit demo --prompts prompts.jsonl --seeds 4 --images --out runs/demo-1",
         "config": {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import functools
 import json
+import math
 import os
 import shutil
 import signal
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from forging import Change, member, of_json, of_row, rewrite
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from measured_folder import censored, reproduced
@@ -27,6 +29,7 @@ from mnemoscope import stats
 from mnemoscope.errors import RunError, UsageError
 from mnemoscope.records.schema import Nearest, Row, Score
 from mnemoscope.records.store import Run, Writer, sample_id
+from mnemoscope.records.table import prompt_scores
 from mnemoscope.report import archive as archives
 from mnemoscope.report import packet as packets
 from mnemoscope.report.archive import SUMS, Archive, parse_sums, plain, sha256_of, write_sums
@@ -61,9 +64,6 @@ def copied(run: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(run, tmp_path / "own"))
 
 
-Change = Callable[[dict[str, bytes]], None]
-
-
 @pytest.fixture
 def edit(packed: Path, tmp_path: Path) -> Callable[..., Path]:
     """``edit(change)``: the packet with other contents; ``sums=True`` lists them as whoever forges it would."""
@@ -72,43 +72,6 @@ def edit(packed: Path, tmp_path: Path) -> Callable[..., Path]:
         return rewrite(packed, tmp_path / "edited.zip", change, sums=sums)
 
     return make
-
-
-def rewrite(packed: Path, out: Path, change: Change, *, sums: bool = False) -> Path:
-    with zipfile.ZipFile(packed) as old:
-        contents = {name: old.read(name) for name in old.namelist()}
-    change(contents)
-    if sums:
-        contents[SUMS] = write_sums({name: sha256_of([data]) for name, data in contents.items() if name != SUMS})
-    with zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as new:
-        for name, data in contents.items():
-            new.writestr(name, data)
-    return out
-
-
-def of_json(name: str, change: Callable[[Any], object]) -> Change:
-    def apply(contents: dict[str, bytes]) -> None:
-        value = json.loads(contents[name])
-        change(value)
-        contents[name] = json.dumps(value).encode()
-
-    return apply
-
-
-def of_row(number: int, change: Callable[[dict[str, Any]], None]) -> Change:
-    def apply(contents: dict[str, bytes]) -> None:
-        lines = contents["samples.jsonl"].splitlines()
-        row = json.loads(lines[number])
-        change(row)
-        lines[number] = json.dumps(row).encode()
-        contents["samples.jsonl"] = b"\n".join(lines) + b"\n"
-
-    return apply
-
-
-def member(packed: Path, name: str) -> Any:
-    with zipfile.ZipFile(packed) as archive:
-        return json.loads(archive.read(name))
 
 
 # What is in it
@@ -120,7 +83,7 @@ def test_a_packet_is_sound_and_says_its_digest(run: Path, packed: Path) -> None:
     assert (found.sound, found.exit_code, found.status) == (True, 0, "incomplete")
     assert found.counts == {"ok": 35, "failed": 1, "prompts": 18, "asked": 36, "missing": 0}
     assert found.digest == pack([run]).digest
-    assert len(found.checked) == 4
+    assert len(found.checked) == 7
 
 
 def test_it_holds_what_an_auditor_asks_for(run: Path, packed: Path) -> None:
@@ -251,7 +214,15 @@ def test_a_run_that_goes_on_is_packed_and_says_so(copied: Path) -> None:
 
 def test_a_calibration_can_be_packed(copied: Path) -> None:
     Run(copied).update(kind="calibrate")
-    assert verify(pack([copied]).path).sound
+    scores = sorted(p.score for p in prompt_scores(Run(copied).rows(), "magnitude"))
+    line = stats.threshold_at_fpr(scores, 0.1)
+    thresholds = json.loads((copied / "thresholds.json").read_bytes())
+    thresholds |= {"scores": scores, "fpr": 0.1, "threshold": line.value}
+    thresholds["interval"] = [b if math.isfinite(b) else None for b in (line.interval.low, line.interval.high)]
+    (copied / "thresholds.json").write_text(json.dumps(thresholds))
+    found = verify(pack([copied]).path)
+    assert found.faults == []
+    assert any("are those of the rows" in checked for checked in found.checked)
 
 
 def test_a_damaged_line_is_named_and_leaves_nothing(copied: Path) -> None:
@@ -324,22 +295,25 @@ def test_without_pictures_their_sums_are_kept(run: Path, tmp_path: Path) -> None
     assert verify(packet).sound
 
 
-def add_rows(folder: Path, names: list[str]) -> None:
+def add_rows(folder: Path, names: list[str], seeds: int = 2) -> None:
+    """A prompt for each name; its first seed names a picture."""
     near = Nearest(reference="1", similarity=0.5, descriptor="pixels", threshold=0.9, copy_found=False)
     with Writer(Run(folder)) as writer:
         for i, name in enumerate(names):
             writer.append([
                 Row(
-                    id=sample_id(f"extra {i}", 0, SETTING),
+                    id=sample_id(f"extra {i}", seed, SETTING),
                     prompt_id=f"x{i}",
                     prompt=f"extra {i}",
-                    seed=0,
+                    seed=seed,
                     status="ok",
                     scores={"magnitude": Score(value=1.0, space="eps", per_step=[1.0])},
-                    image=name,
+                    image=name if seed == 0 else None,
                     nearest=near.model_copy(update={"file": name}),
                 )
+                for seed in range(seeds)
             ])  # fmt: skip
+    Run(folder).update(asked=Run(folder).manifest.asked + len(names) * seeds)
 
 
 def test_only_pictures_inside_the_run_are_packed(copied: Path, tmp_path: Path) -> None:
@@ -546,15 +520,17 @@ def test_numbers_that_do_not_follow_from_the_rows_are_found(
 def test_a_forged_packet_has_another_digest(packed: Path, edit: Callable[..., Path]) -> None:
     noted = verify(packed).digest
     forged = edit(lambda c: c.update({"README.txt": b"Trust me."}), sums=True)
-    assert verify(forged).sound
+    assert verify(forged).faults == ["README.txt is not what follows from the records"]
     assert "this is another packet" in verify(forged, expected=noted).faults[0]
 
 
-def test_other_versions_are_not_accused_of_wording_and_draws(edit: Callable[..., Path]) -> None:
+def test_other_versions_are_not_accused_of_wording_and_draws(packed: Path, edit: Callable[..., Path]) -> None:
+    low = member(packed, "roc.json")["scores"][0]["auc"]["low"]
+
     def older(contents: dict[str, bytes]) -> None:
         of_json("packet.json", lambda p: p["made_with"].update(numpy="1.26.0"))(contents)
-        of_json("packet.json", lambda p: p.update(headline="Other words."))(contents)
-        of_json("roc.json", edited_bound)(contents)
+        of_json("packet.json", lambda p: p.update(headline=p["headline"].replace("prompts", "texts")))(contents)
+        of_json("roc.json", lambda roc: roc["scores"][0]["auc"].update(low=low + 1e-8))(contents)
 
     found = verify(edit(older, sums=True))
     assert found.sound
@@ -668,7 +644,7 @@ def test_results_that_were_changed_are_found(
 ) -> None:
     forged = of_json("measures/pictures/aa.json", lambda entry: change(entry["result"]))
     found = verify(rewrite(pack([measured]).path, tmp_path / "forged.zip", forged, sums=True))
-    assert any("does not follow from their own draws (aa)" in fault for fault in found.faults)
+    assert any("does not follow from their own draws (aa)" in fault or "aa.json is" in fault for fault in found.faults)
 
 
 def test_a_score_that_was_changed_is_found(measured: Path, tmp_path: Path) -> None:

@@ -60,7 +60,7 @@ def verify(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Check a packet: every sum, and that its numbers follow from its rows. Exit 0: sound; 1: not; 2: cannot be read.
+    """Check a packet: every sum, and that its numbers follow from its rows. Exit 0: sound; 1: not; 2: cannot be read; 3: cannot be judged.
 
     Example: mnemoscope verify runs/demo.packet.zip
     """
@@ -75,8 +75,12 @@ def verify(
     screen.show(found.headline)
     if found.digest is not None:
         screen.show(f"digest {found.digest}")
+    for doubt in found.doubts:
+        screen.say(f"Cannot be judged: {doubt}")
     for checked in found.checked:
         screen.say(f"Checked: {checked}")
+    for unchecked in found.unchecked:
+        screen.say(f"Not compared: {unchecked}")
     for note in found.notes:
         screen.say(f"Note: {note}")
     if digest is None and found.sound:

@@ -21,12 +21,10 @@ from torch import nn
 from ..errors import CannotAudit
 from ..parsing import parse_json
 from ..records.files import hash_file
+from ..records.schema import PROVENANCE as PROVENANCE
 
 PICKLES = frozenset({".ckpt", ".pt", ".pth", ".bin", ".pkl"})
 """Suffixes of checkpoints that run code when they are opened."""
-
-PROVENANCE = frozenset({"name", "source", "revision", "files"})
-"""Keys of an identity that say where a model came from; two copies of one model differ in nothing else."""
 
 
 def weight_files(folder: Path, variant: str | None = None) -> list[Path]:

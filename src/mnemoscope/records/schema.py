@@ -65,6 +65,10 @@ def _short(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:59]}…"
 
 
+PROVENANCE = frozenset({"name", "source", "revision", "files"})
+"""Keys of a model's identity that say where it came from; two copies of one model differ in nothing else."""
+
+
 class Record(BaseModel):
     """Base of everything stored: strict about keys, so that nothing is silently lost."""
 

@@ -11,6 +11,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +77,7 @@ def write_report(
     references = Path(reference_pictures) if isinstance(reference_pictures, (str, Path)) else reference_pictures
     views = [_view(folder, references, shown, detector, i) for i, folder in enumerate(folders)]
     page = (
-        environment()
+        shared_environment()
         .get_template("report.html.jinja")
         .render(views=views, plot_css=Markup(plots.CSS), blur=blur, most=GROUPS)
     )
@@ -328,6 +329,12 @@ def _dose(group: Group) -> plots.Dose:
 
 
 # Words for the templates --------------------------------------------------------------------------------------------------
+
+
+@cache
+def shared_environment() -> Environment:
+    """That of pages, nobody's to change: each template is compiled once."""
+    return environment()
 
 
 def environment(*, escape: bool = True) -> Environment:

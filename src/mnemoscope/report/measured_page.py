@@ -13,7 +13,7 @@ from ..records.measures import NAME, Measures
 from ..records.store import write_whole
 from . import measured, plots
 from .archive import sha256_file
-from .html import environment, flat, git_words
+from .html import environment, flat, git_words, shared_environment
 
 __all__ = ["write_json", "write_markdown", "write_report"]
 
@@ -45,7 +45,7 @@ def write_report(
     facts = _facts(folder, levels)
     found: Measures = facts["measures"]
     figure = measured.strip(found, facts["levels"]) if facts["levels"].scores and found.entries else None
-    page = environment().get_template("measured.html.jinja")
+    page = shared_environment().get_template("measured.html.jinja")
     made = page.render(
         **facts,
         cards=measured.cards(found, shown),

@@ -21,7 +21,6 @@ import zipfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
@@ -29,18 +28,31 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from ..errors import RunError, UsageError
+from ..parsing import ParseError, parse_json
 from ..records.files import file_inside
 from ..records.measures import NAME, Entry, Measures, Request, kept_files, measured_with
 from ..records.schema import FORMAT as MEASURES_FORMAT
 from ..records.schema import Manifest, Nearest, Row, Thresholds
-from ..records.store import JUDGED_BY, MEASURES, Run, explained, first_error, whole
+from ..records.store import JUDGED_BY, MEASURES, ROWS, Run, explained, first_error, whole
 from ..records.thresholds import parse_thresholds
-from ..similarity.decoding import KEPT
-from .archive import SUMS, Archive, add, pieces_of, plain, sha256_file, sha256_of, write_sums
+from ..similarity.decoding import KEPT, decode
+from .archive import (
+    SUMS,
+    Archive,
+    add,
+    pieces_of,
+    plain,
+    same_name,
+    sha256_file,
+    sha256_of,
+    write_sums,
+)
 from .audited import joined
 from .discrimination import Baseline
 from .html import SHOWN, write_report
 from .measured_page import write_report as write_measured_report
+from .origin import tools
+from .parts import holds_rows_of
 from .summary import Summary, finite, summarize
 
 __all__ = [
@@ -51,10 +63,11 @@ __all__ = [
     "derive",
     "encoded",
     "inside",
+    "is_noise",
     "named_by",
     "pack",
+    "render_reports",
     "summary_of",
-    "tools",
 ]
 
 FORMAT = 1
@@ -172,7 +185,9 @@ class Records:
 
     def _parsed(self, kind: type[_Record], data: bytes, name: str) -> _Record:
         try:
-            return kind.model_validate_json(data)
+            return kind.model_validate(parse_json(data))
+        except ParseError as e:
+            raise RunError(f"{name} is damaged ({e}); restore it before anything else.") from e
         except ValidationError as e:
             raise RunError(f"{name} is damaged ({first_error(e)}); restore it before anything else.") from e
 
@@ -186,8 +201,8 @@ class Facts:
 
     Attributes:
         run: What to call the run.
-        parts: The folders that were packed: status, command, versions, sums of their files.
-        pictures: Which pictures are in the packet, and the sums of those that were left out.
+        parts: The folders that were packed: status, command, versions, sums of their files, and whether all lines of these were packed.
+        pictures: Which pictures are in the packet, their sums and the sums of those that were left out.
         made_with: Versions of what computed the numbers.
     """
 
@@ -222,11 +237,6 @@ class Packed:
     def to_dict(self) -> dict[str, Any]:
         """Plain values."""
         return {**vars(self), "path": str(self.path)}
-
-
-def tools() -> dict[str, str]:
-    """Versions of what computes the numbers of a packet."""
-    return {package: version(package) for package in ("mnemoscope", "numpy", "scipy", "scikit-learn")}
 
 
 def summary_of(records: Records, name: str, detector: str | None = None) -> Summary:
@@ -427,16 +437,18 @@ def _write(half: Path, path: Path, folder: Path, given: Sequence[Path], images: 
         for name in records.judged_by:
             records.thresholds(name)  # refused now, not by whoever gets the packet
         pictures = _pictures(named_by(records), given) | of_them
-    if images:
-        with zipfile.ZipFile(half, "a") as archive:
-            for name, picture in pictures.items():
-                if picture is not None:
-                    add(archive, name, pieces_of(picture), size=picture.stat().st_size)
-    facts = Facts(_name(given), [_part(f) for f in given], _described(pictures, images), tools())
+    unreadable = _unreadable(pictures)
+    packed = {n: file for n, file in pictures.items() if images and file is not None and n not in unreadable}
+    with zipfile.ZipFile(half, "a") as archive:
+        for name, file in packed.items():
+            add(archive, name, pieces_of(file), size=file.stat().st_size)
     with Archive(half) as archive:
+        facts = Facts(
+            _name(given), _parts(given, archive), _described(pictures, list(packed), unreadable, archive), tools()
+        )
         summary = summary_of(Records(archive), facts.run)
         derived = derive(Records(archive), summary, facts)
-        reports = _reports(archive, summary)
+        reports = render_reports(archive, summary)
     with zipfile.ZipFile(half, "a") as archive:
         for name, value in derived.items():
             add(archive, name, [encoded(value)])
@@ -459,16 +471,29 @@ def _name(given: Sequence[Path]) -> str:
     return first if len(given) == 1 else f"{first} and {len(given) - 1} more"
 
 
+def _parts(given: Sequence[Path], archive: Archive) -> list[dict[str, Any]]:
+    """The folders that were packed, and whether the packet holds all lines of their rows, one file after another."""
+    parts = [_part(folder) for folder in given]
+    if len(parts) == 1:  # a run that goes on may have changed since it was copied
+        parts[0] |= Records(archive).manifest.model_dump(mode="json", include=KEPT_OF_PART)
+        copied = [name for name in parts[0]["files"] if name in archive.names and not ROWS.fullmatch(name)]
+        parts[0]["files"] |= {name: archive.sha256(name) for name in copied}
+    return [part | {"rows_are_whole": holds_rows_of(archive, parts)} for part in parts]
+
+
+KEPT_OF_PART = {"status", "command", "started", "ended", "versions", "git", "machine", "accepted", "notes"}
+"""What a part keeps of its manifest."""
+
+
 def _part(folder: Path) -> dict[str, Any]:
     """One folder that was packed, and the sums of its files as they stand there."""
     run = Run(folder)
     judged_by = [f for pattern in JUDGED_BY for f in folder.glob(pattern)]
     files = [folder / "run.json", *run.files(), *judged_by]
-    kept = {"status", "command", "started", "ended", "versions", "git", "machine", "accepted", "notes"}
     return {
         "folder": folder.resolve().name,
         "shard": run.manifest.config.get("shard"),
-        **run.manifest.model_dump(mode="json", include=kept),
+        **run.manifest.model_dump(mode="json", include=KEPT_OF_PART),
         "files": {f.name: sha256_file(f) for f in sorted(files)},
     }
 
@@ -496,9 +521,8 @@ def _pictures(names: Iterable[str], folders: Sequence[Path]) -> dict[str, Path |
     folded: set[str] = set()
     for name in names:
         file = next((f for d in folders if (f := inside(d, name)) is not None), None)
-        # Two names that differ in their letters' case alone would be one file on some systems.
-        found[name] = None if name.casefold() in folded else file
-        folded.add(name.casefold())
+        found[name] = None if same_name(name) in folded else file
+        folded.add(same_name(name))
     return found
 
 
@@ -512,11 +536,30 @@ def inside(folder: Path, name: str) -> Path | None:
         return None
 
 
-def _described(pictures: Mapping[str, Path | None], images: bool) -> dict[str, Any]:
-    there = {name: file for name, file in pictures.items() if file is not None}
+def is_noise(name: str) -> bool:
+    """Whether a file beside the rows is the noise that was found for a measured picture, and no picture."""
+    return name.startswith(f"{MEASURES}/") and name.endswith(".safetensors")
+
+
+def _unreadable(pictures: Mapping[str, Path | None]) -> dict[str, str]:
+    """Why files that should be pictures are none, by their names."""
+    reasons = {
+        name: decode(b"".join(pieces_of(file)), KEPT).reason if file.stat().st_size <= KEPT.bytes else "too large"
+        for name, file in pictures.items()
+        if file is not None and not is_noise(name)
+    }
+    return {name: reason for name, reason in reasons.items() if reason is not None}
+
+
+def _described(
+    pictures: Mapping[str, Path | None], packed: Sequence[str], unreadable: Mapping[str, str], archive: Archive
+) -> dict[str, Any]:
+    left_out = {name: file for name, file in pictures.items() if file is not None and name not in archive.names}
     return {
-        "packed": len(there) if images else 0,
-        "left_out": {} if images else {name: sha256_file(file) for name, file in there.items()},
+        "packed": len(packed),
+        "sha256": {name: archive.sha256(name) for name in packed},
+        "left_out": {name: sha256_file(file) for name, file in left_out.items()},
+        "unreadable": dict(unreadable),
         "missing": [name for name, file in pictures.items() if file is None],
     }
 
@@ -545,13 +588,17 @@ def _kept_measures(given: Sequence[Path]) -> tuple[dict[str, Path], dict[str, Pa
 # The report
 
 
-def _reports(archive: Archive, summary: Summary) -> dict[str, bytes]:
-    """``report.html``, and that of measured pictures, of exactly the records in the archive, with the pictures that are there."""
+def render_reports(archive: Archive, summary: Summary) -> dict[str, bytes]:
+    """``report.html``, and that of measured pictures, of exactly the records in the archive, with the pictures that are there.
+
+    Raises:
+        RunError: a record is damaged.
+    """
     shots = [shot for finding in summary.findings[:SHOWN] for shot in finding.shots]
     named = [name for shot in shots for name in _files(shot.image, shot.nearest)]
     with TemporaryDirectory() as parent:
         folder = Path(parent) / summary.name
-        measured = [name for name in archive.names if name.startswith(f"{MEASURES}/")]
+        measured = [name for name in archive.names if name.startswith(f"{MEASURES}/") and not name.endswith(REPORT)]
         for name in dict.fromkeys([*EVIDENCE, *Records(archive).judged_by, "controls.json", *named, *measured]):
             if name in archive.names:
                 (folder / name).parent.mkdir(parents=True, exist_ok=True)
