@@ -167,7 +167,7 @@ WRONG = {
     "no steps": ({"steps": 0}, "steps", "invalid_value"),
     "many steps": ({"steps": 11}, "steps", "invalid_value"),
     "negative seed": ({"seed": -1}, "seed", "invalid_value"),
-    "large seed": ({"seed": LARGEST_SEED + 1}, "seed", "invalid_value"),
+    "large seed": ({"seed": LARGEST_SEED - LIMITS.most_pictures + 2}, "seed", "invalid_value"),
     "guidance off": ({"guidance_scale": 1}, "guidance_scale", "invalid_value"),
     "much guidance": ({"guidance_scale": 31}, "guidance_scale", "invalid_value"),
     "odd size": ({"size": "15x16"}, "size", "invalid_value"),
@@ -192,10 +192,15 @@ def test_what_is_beyond_a_limit_is_refused(client, fake, case):
 
 def test_limits_themselves_are_allowed(client):
     most = {"prompt": "\U0001f431" * 200, "negative_prompt": "\U0001f431" * 200, "n": 4, "steps": 10, "size": "24x32"}
-    most |= {"seed": LARGEST_SEED, "guidance_scale": 30, "user": "\U0001f431" * 512}
+    most |= {"seed": LARGEST_SEED - 3, "guidance_scale": 30, "user": "\U0001f431" * 512}
     body = json.dumps(most, ensure_ascii=True).encode()
     assert len(body) > 10_000
-    assert client.post(PATH, content=body, headers={"content-type": "application/json"}).status_code == 200
+    answer = client.post(PATH, content=body, headers={"content-type": "application/json"})
+    assert answer.status_code == 200
+    # A reader whose numbers are all floating-point keeps them.
+    assert [d["seed"] for d in json.loads(answer.text, parse_int=float)["mnemoscope"]["decisions"]] == [
+        LARGEST_SEED - 3 + i for i in range(4)
+    ]
 
 
 def test_why_there_are_no_addresses_is_said(client):
@@ -235,12 +240,77 @@ def test_what_a_form_could_send_is_no_json(client, fake, kind):
     assert not fake.asked
 
 
+JSON = ("content-type", "application/json")
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        *(
+            [JSON, ("content-encoding", coding)]
+            for coding in ("gzip", "br", "deflate", "zstd", "identity, gzip", "\xff")
+        ),
+        [JSON, ("content-encoding", "identity"), ("content-encoding", "gzip")],
+        *(
+            [("content-type", f"application/json; charset={name}")]
+            for name in ("latin-1", "utf-16", '"UTF-16LE"', "", "\xff")
+        ),
+        [("content-type", "application/json; charset=utf-8; charset=utf-16")],
+        [JSON, ("content-type", "text/plain")],
+        [JSON, JSON],
+    ],
+    ids=str,
+)
+def test_what_is_declared_unreadable_is_not_read(client, fake, headers):
+    answer = client.post(PATH, content=b'{"prompt": "a cat"}', headers=[(k, v.encode("latin-1")) for k, v in headers])
+    assert "JSON in UTF-8" in error(answer, 415, "unsupported_content_type")["message"]
+    assert not fake.asked
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"content-type": 'Application/JSON;  Charset="UTF-8"'},
+        {"content-type": "application/json; charset=us-ascii"},
+        {"content-type": "application/json; profile=x"},
+        {"content-type": "application/json", "content-encoding": "identity"},
+    ],
+    ids=str,
+)
+def test_what_clients_declare_is_read(client, headers):
+    assert client.post(PATH, content=b'{"prompt": "a cat"}', headers=headers).status_code == 200
+
+
 def test_unknown_addresses_and_methods(client):
     error(client.get("/nowhere"), 404, "not_found")
     answer = client.get(PATH)
     error(answer, 405, "method_not_allowed")
     assert answer.headers["allow"] == "POST"
     error(client.options(PATH), 405, "method_not_allowed")
+    for path in ("/v1/models", "/health", "/metrics", "/openapi.json"):
+        answer = client.post(path)
+        error(answer, 405, "method_not_allowed")
+        assert answer.headers["allow"] == "GET, HEAD"
+
+
+@pytest.mark.parametrize("path", ["/v1/models", "/health", "/ready", "/metrics", "/openapi.json", "/nowhere", PATH])
+def test_a_head_is_what_get_has_without_its_body(client, path):
+    whole, head = client.get(path), client.head(path)
+    assert (head.status_code, head.content) == (whole.status_code, b"")
+    changing = {"date", "content-length"} if path == "/metrics" else {"date"}
+    assert {k: v for k, v in head.headers.items() if k not in changing} == {
+        k: v for k, v in whole.headers.items() if k not in changing
+    }
+
+
+@pytest.mark.parametrize("host", ["evil.example", "evil.example:7349", "[::1", "evil.example/@"])
+@pytest.mark.parametrize("path", ["/v1/models/", "/v1/models/?x=//evil.example", PATH + "/"])
+def test_no_answer_leads_to_another_host(keyed, path, host):
+    headers = {"host": host, "authorization": f"Bearer {SECRET}"}
+    method = "POST" if path.startswith(PATH) else "GET"
+    answer = keyed.request(method, path, headers=headers, follow_redirects=False)
+    assert answer.status_code == 307
+    assert answer.headers["location"] == path.replace("/?", "?").removesuffix("/")
 
 
 @pytest.mark.parametrize("chunked", [False, True])

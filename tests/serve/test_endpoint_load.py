@@ -210,6 +210,19 @@ def test_the_next_try_is_as_far_off_as_a_generation_takes():
     assert worker._until_room() == 2
 
 
+@pytest.mark.parametrize(
+    ("waiting", "seconds", "told"), [(0, None, 1), (1, 0.001, 1), (3, 2.0, 6), (16, 0.3, 5), (3, None, 3)]
+)
+def test_the_next_try_is_as_far_off_as_the_queue_is_long(waiting, seconds, told):
+    worker = Worker(lambda o, unwanted: Drawn([], []), queue=waiting)
+    worker._seconds = seconds
+    kept = [worker.submit(order(seed)) for seed in range(waiting)]
+    given_up = worker.submit(order())
+    given_up.cancel()
+    assert worker._until_room() == told
+    assert len(kept) == waiting
+
+
 def test_a_failure_belongs_to_its_order():
     def draw(o: Order, unwanted: object) -> Drawn:
         if o.seeds == (1,):

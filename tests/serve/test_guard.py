@@ -6,6 +6,7 @@ import functools
 import io
 import json
 import threading
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 
 import pytest
@@ -373,6 +374,57 @@ def test_threads_on_one_denoiser(sd):
     assert not sd.unet._forward_hooks
 
 
+# Counting
+
+ROWS, GENERATIONS = "mnemoscope_guard_rows_total", "mnemoscope_guard_generations_total"
+
+
+def counted(guarded, family):
+    """Action → how many, where there are any."""
+    actions = ("passed", "observed", "mitigated", "failed-open", "unfinished", "refused")
+    return {a: int(n) for a in actions if (n := guarded.metrics.value(family, guard="", action=a))}
+
+
+def gives_up(pipe, index, t, kept):
+    raise KeyError("nobody waits")
+
+
+def interrupts(pipe, index, t, kept):
+    pipe._interrupt = True
+    return kept
+
+
+@pytest.mark.parametrize("end", [gives_up, interrupts])
+@pytest.mark.parametrize("inside", [False, True], ids=["called", "inside its block"])
+def test_what_was_not_drawn_to_the_end_is_counted_as_that(sd, end, inside):
+    guarded = guard(sd, 1e9)
+    pipe = sd if inside else guarded
+    with guarded if inside else nullcontext():
+        with suppress(KeyError):
+            generate(pipe, callback_on_step_end=end)
+        generate(pipe)
+    assert counted(guarded, ROWS) == {"passed": 3, "unfinished": 3}
+    assert counted(guarded, GENERATIONS) == {"passed": 1, "unfinished": 1}
+    assert "failed-open" not in {d.action for d in guarded.last}
+
+
+def test_what_fails_after_the_last_step_was_not_drawn(sd, monkeypatch):
+    guarded = guard(sd, 1e9)
+    monkeypatch.setattr(sd.vae, "decode", None)
+    with pytest.raises(TypeError):
+        generate(guarded, output_type="pt")
+    assert counted(guarded, ROWS) == {"unfinished": 3}
+
+
+def test_beside_a_refused_row_nothing_was_drawn(sd):
+    scores = scores_of(sd)
+    guarded = guard(sd, between(scores), on_hit="refuse")
+    with pytest.raises(Refused):
+        generate(guarded)
+    assert counted(guarded, ROWS) == {"refused": 1, "unfinished": 2}
+    assert counted(guarded, GENERATIONS) == {"refused": 1}
+
+
 # Leaving no trace
 
 
@@ -461,7 +513,8 @@ def test_a_rule_that_breaks_on_the_way(sd):
     generate(guarded)
     assert [d.action for d in guarded.last] == ["failed-open"] * 3
     assert guarded.metrics.value("mnemoscope_guard_errors_total", guard="", kind="ZeroDivisionError") == 1
-    assert guarded.metrics.value("mnemoscope_guard_rows_total", guard="", action="mitigated") == 3
+    assert guarded.metrics.value("mnemoscope_guard_rows_total", guard="", action="failed-open") == 3
+    assert guarded.metrics.value("mnemoscope_guard_rows_total", guard="", action="mitigated") == 0
 
 
 def test_policies_and_logs_that_break(sd):

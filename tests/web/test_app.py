@@ -697,7 +697,9 @@ def test_viewing_needs_no_torch(module):
 @pytest.mark.parametrize("missing", ["starlette", "uvicorn"])
 def test_without_the_extra_one_sentence_says_what_to_install(tmp_path, monkeypatch, missing):
     for name in [
-        name for name in sys.modules if name.startswith("mnemoscope.web.a") or name.partition(".")[0] == missing
+        name
+        for name in sys.modules
+        if name.startswith(("mnemoscope.web.a", "mnemoscope.web.connections")) or name.partition(".")[0] == missing
     ]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, missing, None)

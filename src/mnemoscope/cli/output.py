@@ -9,20 +9,21 @@ from __future__ import annotations
 
 import io
 import logging
+import os
 import sys
 import threading
 import traceback
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType, TracebackType
-from typing import Any
+from typing import Any, NoReturn
 
 from .. import redaction
 from ..errors import MnemoscopeError
 from ..terminal import one_line
 
-__all__ = ["filtered", "own_stderr", "without_prompts"]
+__all__ = ["end_process", "filtered", "own_stderr", "without_prompts"]
 
 log = logging.getLogger(__name__)
 
@@ -94,6 +95,19 @@ def without_prompts() -> Iterator[None]:
 def own_stderr() -> Any:
     """The stream that our own sentences go to, also while what libraries print is not shown."""
     return sys.stderr.shown if isinstance(sys.stderr, _Unshown) else sys.stderr
+
+
+def end_process(code: int) -> NoReturn:
+    """End now, leaving behind threads that still compute: Python's own end would abort in them, with a core dump.
+
+    Args:
+        code: The exit code.
+    """
+    logging.shutdown()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(code)
 
 
 # Logs ---------------------------------------------------------------------------------------------------------------------

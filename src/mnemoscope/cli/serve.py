@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import inspect
+import logging
 import os
+import signal
+import threading
 from contextlib import ExitStack
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TextIO
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -25,6 +28,8 @@ if TYPE_CHECKING:
     from ..detect.calibrate import Calibration
     from ..models.base import Target
     from ..serve.app import Endpoint
+
+log = logging.getLogger(__name__)
 
 PORT = 7349
 KEY = "MNEMOSCOPE_API_KEY"
@@ -53,10 +58,13 @@ def serve(
     on_error: Annotated[
         str, typer.Option(help="When the guard itself fails: open draws unguarded, closed draws nothing.")
     ] = "open",
-    log: Annotated[
+    log_file: Annotated[
         Path | None,
         typer.Option(
-            help="File that gets one JSON line per decision.", show_default=False, parser=places.appended_file
+            "--log",
+            help="File that gets one JSON line per decision; SIGHUP opens it again.",
+            show_default=False,
+            parser=places.appended_file,
         ),
     ] = None,
     log_prompts: Annotated[bool, typer.Option("--log-prompts", help="Write prompts into that file as well.")] = False,
@@ -109,16 +117,18 @@ def serve(
                 f"`mnemoscope serve` needs {package}, which is not installed; install it with: pip install 'mnemoscope[serve]'"
             )
     from ..web.access import hosts
+    from ..web.connections import require_room
 
     # What is cheap to refuse is refused before a model is loaded.
     key = api_key(api_key_file)
     hosts(host, key, KEY)
+    require_room(queue)
     for option, given, known in (("--on-hit", on_hit, ON_HIT), ("--on-error", on_error, ON_ERROR)):
         if given not in known:
             raise UnknownName(f"{option} value", given, known)
     if thresholds is None and on_hit != "observe" and model != "demo":
         raise UsageError(f"--on-hit {on_hit} needs --thresholds: without them nothing is a hit.")
-    if log_prompts and log is None:
+    if log_prompts and log_file is None:
         raise UsageError("--log-prompts needs --log: name the file that they should be written to.")
     if steps is not None and steps > max_steps:
         raise UsageError(f"--steps {steps} is more than --max-steps {max_steps}; make one of them fit the other.")
@@ -127,7 +137,9 @@ def serve(
     interrupts.take_terminate()  # with 0, which is what uvicorn ends with when it was told to end
     with ExitStack() as stack:
         listening = stack.enter_context(bound(host, port))
-        written = None if log is None else stack.enter_context(_appended(log))
+        written = None if log_file is None else stack.enter_context(LogFile(log_file))
+        if written is not None and hasattr(signal, "SIGHUP"):
+            stack.callback(signal.signal, signal.SIGHUP, signal.signal(signal.SIGHUP, written.open_again))
         screen.say_loading(f"Loading {model} …")  # before torch is imported, which takes its time
         guarding = {
             "on_hit": on_hit, "mitigation": mitigation, "on_error": on_error, "log": written, "log_prompts": log_prompts,
@@ -143,15 +155,28 @@ def serve(
         from ..web.app import serve as answer
 
         app = gated(endpoint, host, key)
+        code: Any = 0
         try:
             screen.show(address(host, listening.getsockname()[1]))
             asks = "asks for the key; " if key else ""
             screen.say(f"Serves {endpoint.limits.model} at /v1/images/generations; {asks}Ctrl-C ends it.")
             with output.without_prompts():
                 # Uvicorn's own deadline comes after ours, and only for what does not keep to it.
-                answer(app, listening, lifespan="on", grace=grace + 2, leaving=lambda: endpoint.leave(float(grace)))
+                answer(
+                    app,
+                    listening,
+                    lifespan="on",
+                    grace=grace + 2,
+                    leaving=lambda: endpoint.leave(float(grace)),
+                    waiting=queue,
+                )
         except KeyboardInterrupt:
-            raise typer.Exit(0) from None
+            pass
+        except SystemExit as end:
+            code = end.code
+        if endpoint.worker.alive:
+            output.end_process(code or 0)
+        raise typer.Exit(code or 0)
 
 
 def api_key(file: Path | None) -> str | None:
@@ -187,13 +212,48 @@ def gated(endpoint: Endpoint, host: str, key: str | None) -> ASGIApp:
     return KeyGate(endpoint.app, host, key, refusal=error_response, variable=KEY, open=PROBES)
 
 
-def _appended(log: Path) -> TextIO:
-    try:
-        return open_to_append(log)
-    except OSError as e:
-        raise UsageError(
-            f"--log {log} cannot be written ({e.strerror or e}); name a file in a folder that exists."
-        ) from e
+class LogFile:
+    """A file that lines are appended to. It can be opened again, for whoever has moved it away.
+
+    Args:
+        path: Where it lies.
+
+    Raises:
+        UsageError: it cannot be written.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._lock = threading.RLock()  # a signal may come while its own handler runs
+        try:
+            self._file = open_to_append(path)
+        except OSError as e:
+            raise UsageError(
+                f"--log {path} cannot be written ({e.strerror or e}); name a file in a folder that exists."
+            ) from e
+
+    def write(self, text: str) -> None:
+        """Append it, at once."""
+        with self._lock:
+            self._file.write(text)
+            self._file.flush()
+
+    def open_again(self, *_: object) -> None:
+        """Go on in a file of the same name; where there can be none, in the one that is open."""
+        with self._lock:
+            try:
+                other = open_to_append(self.path)
+            except OSError as e:
+                log.warning("the log was not opened again: %s", e.strerror or type(e).__name__)
+                return
+            self._file.close()
+            self._file = other
+
+    def __enter__(self) -> LogFile:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
 
 
 def _open(

@@ -25,6 +25,7 @@ from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, PlainTextResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ..bounds import AMOUNT, POSITIVE, within
 from ..errors import CannotAudit, UsageError
@@ -59,6 +60,9 @@ BODY_SECONDS = 10.0
 LINGER = 1 << 20
 """Bytes of a body that is too large which are still read, so that its sender gets to read the answer."""
 
+READABLE = frozenset({"utf-8", "utf8", "us-ascii"})
+"""Encodings of text that a body may be declared to have."""
+
 AGAIN = {"Retry-After": {"description": "Seconds to wait before another try.", "schema": {"type": "integer"}}}
 PROBLEMS: dict[int, dict[str, Any]] = {
     400: {"description": "The request is invalid, or the guard refused the generation (`content_policy_violation`)."},
@@ -70,7 +74,7 @@ PROBLEMS: dict[int, dict[str, Any]] = {
     404: {"description": "There is no such model."},
     408: {"description": "The body took too long to arrive."},
     413: {"description": "The body is too large."},
-    415: {"description": "The body is not declared as JSON."},
+    415: {"description": "The body is not declared as JSON in UTF-8, or it is compressed."},
     421: {"description": "The server does not answer to the name in the Host header."},
     429: {"description": "The queue is full.", "headers": AGAIN},
     500: {"description": "The generation failed."},
@@ -194,11 +198,13 @@ class Endpoint:
         if isinstance(error, Full):
             sentence = "The queue is full; try again later."
             return "full", Problem(429, sentence, headers={"Retry-After": str(error.seconds)})
-        if isinstance(error, Leaving):
+        if isinstance(
+            error, Leaving | asyncio.CancelledError
+        ):  # cancelled is what is still there when the server ends at once
             return "leaving", _leaving()
         if isinstance(error, ClientDisconnect):
             return "gone", HTTPException(499)  # nobody reads it
-        if isinstance(error, asyncio.CancelledError | KeyboardInterrupt | SystemExit):
+        if isinstance(error, KeyboardInterrupt | SystemExit):
             return "leaving", error
         if isinstance(error, UsageError | CannotAudit):
             return "invalid", Problem(400, str(error))
@@ -221,6 +227,7 @@ class Endpoint:
             lifespan=self._lifespan,
             exception_handlers={Problem: _answer, HTTPException: _answer_http, Exception: _answer_unknown},
         )
+        app.add_middleware(Heads)
         key: dict[str, Any] = {"dependencies": [Depends(HTTPBearer(auto_error=False))]} if keyed else {}
         let_in = (401, 403, 421) if keyed else (403, 421)
         app.add_api_route(
@@ -270,11 +277,33 @@ class Endpoint:
         return "\n".join([*lines, ""])
 
 
+class Heads:
+    """ASGI middleware: HEAD is GET without a body, wherever there is GET.
+
+    Args:
+        app: The application behind it.
+    """
+
+    def __init__(self, app: ASGIApp):
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request."""
+        if scope["type"] != "http" or scope["method"] != "HEAD":
+            await self.app(scope, receive, send)
+            return
+
+        async def send_head(message: Message) -> None:
+            await send({**message, "body": b""} if message["type"] == "http.response.body" else message)
+
+        await self.app({**scope, "method": "GET"}, receive, send_head)
+
+
 async def _body(request: Request, most: int) -> bytes:
     """The body of a JSON request, whether or not its length was declared."""
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind != "application/json":
-        raise Problem(415, "Send the body as JSON, with the header Content-Type: application/json.")
+    if not _is_readable(request):
+        sentence = "Send the body as JSON in UTF-8, not compressed, with one header Content-Type: application/json."
+        raise Problem(415, sentence, headers={"Accept-Encoding": "identity"})
     try:
         body = await asyncio.wait_for(_read(request, most), BODY_SECONDS)
     except asyncio.TimeoutError:
@@ -282,6 +311,17 @@ async def _body(request: Request, most: int) -> bytes:
     if len(body) > most:
         raise Problem(413, f"The body is larger than {most} bytes.", headers={"Connection": "close"})
     return body
+
+
+def _is_readable(request: Request) -> bool:
+    """Whether the body is declared as plain JSON in UTF-8."""
+    kinds = request.headers.getlist("content-type")
+    codings = request.headers.getlist("content-encoding")
+    if len(kinds) != 1 or any(coding.strip().lower() not in ("", "identity") for coding in codings):
+        return False
+    kind, *parameters = (part.strip().lower() for part in kinds[0].split(";"))
+    charsets = [text.partition("=")[2].strip('"') for text in parameters if text.startswith("charset=")]
+    return kind == "application/json" and READABLE.issuperset(charsets)
 
 
 async def _read(request: Request, most: int) -> bytes:
@@ -331,7 +371,10 @@ async def _answer(request: Request, error: Exception) -> Response:
 async def _answer_http(request: Request, error: Exception) -> Response:
     """What the framework refuses: unknown addresses and methods."""
     assert isinstance(error, HTTPException)
-    return Problem(error.status_code, f"{error.detail}.", headers=error.headers).response()
+    headers = dict(error.headers or {})
+    if "GET" in (allowed := headers.get("Allow", "").split(", ")):
+        headers["Allow"] = ", ".join(sorted({*allowed, "HEAD"}))
+    return Problem(error.status_code, f"{error.detail}.", headers=headers).response()
 
 
 async def _answer_unknown(request: Request, error: Exception) -> JSONResponse:

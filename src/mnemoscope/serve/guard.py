@@ -51,7 +51,9 @@ log = logging.getLogger(__name__)
 
 POLICIES = ("observe", "mitigate", "refuse")
 DONE = {"observe": "observed", "mitigate": "mitigated", "refuse": "refused"}
-STRENGTH = ("passed", "observed", "mitigated", "failed-open", "refused")
+UNFINISHED = "unfinished"
+"""What counters call rows that were not drawn to the end: given up, failed, or beside one that was refused."""
+STRENGTH = ("passed", "observed", "mitigated", "failed-open", UNFINISHED, "refused")
 """Actions, the strongest last: it names a generation."""
 PROMPT = "prompt"
 """The mitigation that optimizes the prompt's embedding."""
@@ -249,7 +251,11 @@ class Guard:
         with self:
             seat: _Seat = self._local.seat
             before = seat.judged
-            result = self.pipe(*args, **kwargs)
+            try:
+                result = self.pipe(*args, **kwargs)
+            except BaseException:
+                seat.is_broken = True
+                raise
             if seat.judged == before:
                 seat.fail(
                     CannotAudit(f"no denoising step of {type(self.pipe).__name__} was seen; it cannot be guarded.")
@@ -271,6 +277,7 @@ class Guard:
     ) -> None:
         self._local.depth -= 1
         if self._local.depth == 0:
+            self._local.seat.count()
             self._local.stack.close()
             del self._local.seat, self._local.stack
 
@@ -282,20 +289,23 @@ class Guard:
     # What a seat reports
 
     def decide(self, decisions: list[Decision], times: Sequence[float]) -> None:
-        """Count, log and remember the decisions on a generation."""
+        """Log and remember the decisions on a generation."""
         self._local.last = decisions
-        rows = Counter(d.action for d in decisions)
-        action = max(rows, key=STRENGTH.index)
-        scores = [d.score for d in decisions if d.score is not None]
-        self.metrics.decided(self.name, action, rows, scores, self.threshold, decisions[0].seconds)
         self._write(decisions, times)
         if self.drift is not None:
             with self._reporting():
                 for look in self.drift.add([d.score for d in decisions if d.score is not None and not d.hit]):
                     self._looked(look)
 
+    def count(self, decisions: Sequence[Decision], drawn: bool) -> None:
+        """Count a generation, when it has ended, by what became of its rows."""
+        rows = Counter(d.action if drawn or d.action == "refused" else UNFINISHED for d in decisions)
+        action = max(rows, key=STRENGTH.index)
+        scores = [d.score for d in decisions if d.score is not None]
+        self.metrics.decided(self.name, action, rows, scores, self.threshold, decisions[0].seconds)
+
     def amend(self, decisions: list[Decision], times: Sequence[float]) -> None:
-        """Decisions that could not be carried through: remembered and logged, not counted again."""
+        """Decisions that could not be carried through: remembered and logged."""
         self._local.last = decisions
         self._write(decisions, times, amended=True)
 
@@ -489,6 +499,8 @@ class _Seat:
         self.decisions: list[Decision] = []
         self.times: list[float] = []
         self.over = self.settled = False
+        self.is_broken = False
+        self.calls_left = 0
         self.rows: Tensor | None = None
         self.embedded: Tensor | None = None
         self.guided: Guided | None = None
@@ -496,7 +508,8 @@ class _Seat:
     # Driver
 
     def begin(self, order: Order) -> None:
-        """A generation begins."""
+        """A generation begins, and the one before has ended."""
+        self.count()
         self._forget()
         self.order = order
         with self._safely():
@@ -505,6 +518,7 @@ class _Seat:
 
     def tokens(self, call: Call) -> Tensor | None:
         """The embeddings of mitigated rows."""
+        self.calls_left = len(call.times) - 1
         if self.over:
             return None
         with self._safely():
@@ -521,6 +535,12 @@ class _Seat:
         with self._safely():
             return self._judge(call, uncond, cond) if call.index == 0 else self._guide(call, uncond, cond)
         return None
+
+    def count(self) -> None:
+        """The generation has ended: count it, if it was decided on."""
+        if self.settled:
+            self.guard.count(self.decisions, drawn=self.calls_left == 0 and not self.is_broken)
+            self.settled = False
 
     # The decision
 
@@ -591,7 +611,7 @@ class _Seat:
         return word
 
     def _settle(self, actions: Mapping[int, str], began: float | None = None) -> None:
-        """The decisions as they came out, counted and logged."""
+        """The decisions as they came out, logged."""
         seconds, used = 0.0 if began is None else time.perf_counter() - began, self.guard.mitigation
         self.decisions = [
             replace(

@@ -182,7 +182,8 @@ def calibrated(limits: Limits, guard: Guard, *, steps: int | None = None) -> Lim
 def request_model(limits: Limits) -> type[BaseModel]:
     """The body of ``POST /v1/images/generations`` under these limits."""
     most = limits.longest_prompt
-    seed = Annotated[int, Field(ge=0, le=LARGEST_SEED), BeforeValidator(_whole)]
+    last = LARGEST_SEED - limits.most_pictures + 1  # so that the seeds of all pictures are such integers
+    seed = Annotated[int, Field(ge=0, le=last), BeforeValidator(_whole)]
     pictures = Annotated[int, Field(ge=1, le=limits.most_pictures), BeforeValidator(_whole)]
     steps = _count_among(limits.counts)
     guidance = Annotated[float, Field(gt=1, le=MOST_GUIDANCE, allow_inf_nan=False)]
@@ -418,7 +419,7 @@ class Problem(Exception):
 
 def error_response(status: int, message: str, headers: Mapping[str, str]) -> JSONResponse:
     """An answer for whoever refuses requests before they come here."""
-    return Problem(status, message, headers=headers).response()
+    return Problem(status, message, "internal_error" if status == 500 else None, headers=headers).response()
 
 
 def problem_of(error: ValidationError) -> Problem:

@@ -171,8 +171,8 @@ class Worker:
             _settle(current, Leaving())
 
     def _until_room(self) -> int:
-        """Whole seconds until an order is likely to be done, by the time that recent ones took."""
-        return max(1, math.ceil(self._seconds or 1.0))
+        """Whole seconds until what waits and what is drawn is likely to be done, by the time that recent orders took."""
+        return max(1, math.ceil(max(1, self.waiting + self.running) * (self._seconds or 1.0)))
 
     def _run(self) -> None:
         while (job := self._next()) is not None:

@@ -10,13 +10,15 @@ from __future__ import annotations
 import hashlib
 import hmac
 import ipaddress
+import logging
 import re
 import socket
+import traceback
 from collections.abc import Callable, Collection, Mapping
-from urllib.parse import parse_qsl, quote, urlencode, urlsplit
+from urllib.parse import parse_qsl, quote, urlencode
 
 from starlette.datastructures import MutableHeaders
-from starlette.requests import HTTPConnection
+from starlette.requests import ClientDisconnect, HTTPConnection
 from starlette.responses import PlainTextResponse, RedirectResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -24,6 +26,8 @@ from .. import redaction
 from ..errors import UsageError
 
 __all__ = ["HEADERS", "Gate", "KeyGate", "hosts", "is_loopback"]
+
+log = logging.getLogger(__name__)
 
 LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
 
@@ -88,6 +92,8 @@ def hosts(host: str, token: str | None, variable: str = TOKEN) -> frozenset[str]
 class Gate:
     """ASGI middleware: refuses what :mod:`mnemoscope.web.access` says, and adds :data:`HEADERS` to every answer.
 
+    An exception of whatever is behind it is an answer too, and no answer leads to another host.
+
     Args:
         app: The application behind it.
         host: Where the server listens.
@@ -122,20 +128,46 @@ class Gate:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request, or refuse it."""
-        if scope["type"] != "http":
-            if scope["type"] == "lifespan":
-                await self.app(scope, receive, send)
-            return
+        if scope["type"] == "lifespan":
+            await self.app(scope, receive, send)
+        elif scope["type"] == "http":
+            await self._answer(scope, receive, send)
+        elif scope["type"] == "websocket":
+            await receive()
+            await send({"type": "websocket.close", "code": 1008})
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        last = ""
 
         async def send_guarded(message: Message) -> None:
+            nonlocal last
             if message["type"] == "http.response.start":
-                headers = MutableHeaders(scope=message)
-                for name, value in self.headers.items():
-                    headers[name] = value
+                self._guard_headers(MutableHeaders(scope=message))
             await send(message)
+            last = (
+                "end" if message["type"] == "http.response.body" and not message.get("more_body") else message["type"]
+            )
 
-        answer: ASGIApp = self._refusal(HTTPConnection(scope)) or self.app
-        await answer(scope, receive, send_guarded)
+        try:
+            answer: ASGIApp = self._refusal(HTTPConnection(scope)) or self.app
+            await answer(scope, receive, send_guarded)
+        except ClientDisconnect:
+            log.debug("a visitor went away")
+        except Exception as error:
+            # Without the message: it may quote what was sent.
+            where = "".join(traceback.format_tb(error.__traceback__))
+            log.error("a request failed with %s\n%s", type(error).__name__, where)
+            if not last:
+                await self._refused(500, "the server failed at this request.")(scope, receive, send_guarded)
+            elif last != "end":
+                raise  # so that half an answer is seen to be one: the connection ends
+
+    def _guard_headers(self, headers: MutableHeaders) -> None:
+        for name, value in self.headers.items():
+            headers[name] = value
+        # Frameworks make whole addresses of the Host header, which is the visitor's.
+        if (address := headers.get("location")) is not None:
+            headers["location"] = _without_host(address)
 
     def _refusal(self, asked: HTTPConnection) -> Response | None:
         if not self._ours(asked.headers.getlist("host")):
@@ -168,12 +200,17 @@ class Gate:
         return self._refused(401, NO_TOKEN.format(variable=self.variable), **BEARER)
 
     def _shows_token(self, asked: HTTPConnection) -> bool:
-        scheme, _, shown = asked.headers.get("authorization", "").partition(" ")
+        given = asked.headers.getlist("authorization")
+        scheme, _, shown = given[0].partition(" ") if len(given) == 1 else ("", "", "")
         return scheme.lower() == "bearer" and self._same(shown.strip(), self.token or "")
 
     def _welcome(self, asked: HTTPConnection) -> Response:
         """A cookie, and the same address without the token, so that it stays in no history."""
-        rest = [(k, v) for k, v in parse_qsl(asked.url.query, keep_blank_values=True) if k != "token"]
+        rest = [
+            (k, v)
+            for k, v in parse_qsl(asked.scope["query_string"].decode("latin-1"), keep_blank_values=True)
+            if k != "token"
+        ]
         # A path of ours begins with one slash; two would be another host.
         path = "/" + quote(asked.scope["path"].lstrip("/"))
         answer = RedirectResponse(path + ("?" + urlencode(rest) if rest else ""), 303)
@@ -234,8 +271,16 @@ def _hostname(header: str) -> str:
 
 def _foreign(asked: HTTPConnection) -> bool:
     """Whether a page of another server made the browser send this: browsers name the sender wherever it could do harm."""
-    sender = asked.headers.get("origin")
-    return sender is not None and urlsplit(sender).netloc.lower() != asked.headers["host"].strip().lower()
+    senders = asked.headers.getlist("origin")
+    name = asked.headers["host"].strip().lower()
+    return len(senders) > 1 or not {sender.lower() for sender in senders} <= {f"http://{name}", f"https://{name}"}
+
+
+def _without_host(address: str) -> str:
+    """The same address on this server."""
+    path = re.sub(r"^([a-z][a-z0-9+.-]*:)?//[^/?#]*", "", address, flags=re.IGNORECASE)
+    # Two slashes at the beginning would be another host.
+    return path if path == address and not path.startswith("/") else "/" + path.lstrip("/\\")
 
 
 def _is_address(name: str) -> bool:

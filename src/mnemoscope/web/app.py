@@ -12,7 +12,6 @@ from pathlib import Path
 from socket import socket
 from typing import Any, Literal
 
-import uvicorn
 from jinja2 import ChoiceLoader, Environment, PackageLoader
 from markupsafe import Markup
 from starlette.applications import Starlette
@@ -32,6 +31,7 @@ from ..report.pictures import Picture, Pictures, Thumbnails
 from ..report.words import reference
 from . import listing
 from .access import Gate
+from .connections import Config, Patience, Server
 from .listing import Query
 from .reading import Library, Snapshot
 
@@ -88,6 +88,7 @@ def serve(
     lifespan: Literal["on", "off"] = "off",
     grace: int = 1,
     leaving: Callable[[], object] | None = None,
+    waiting: int = 0,
 ) -> None:
     """Answer on a socket that is bound, until interrupted. Addresses are not logged: one of them may hold a token.
 
@@ -97,40 +98,34 @@ def serve(
         lifespan: Whether the application wants to be told when it starts and ends.
         grace: Seconds that answers which were begun may take after an interrupt.
         leaving: Called after an interrupt, before they are waited for.
+        waiting: How many connections may wait for an answer with good reason.
     """
-    server(app, lifespan=lifespan, grace=grace, leaving=leaving).run(sockets=[listening])
+    server(app, lifespan=lifespan, grace=grace, leaving=leaving, waiting=waiting).run(sockets=[listening])
 
 
 def server(
-    app: ASGIApp, *, lifespan: Literal["on", "off"], grace: int, leaving: Callable[[], object] | None
-) -> uvicorn.Server:
-    """What :func:`serve` runs, for whoever wants to end it from another thread."""
-    config = uvicorn.Config(
+    app: ASGIApp,
+    *,
+    lifespan: Literal["on", "off"],
+    grace: int,
+    leaving: Callable[[], object] | None,
+    waiting: int = 0,
+    patience: Patience | None = None,
+) -> Server:
+    """What :func:`serve` runs, for whoever wants to end it from another thread, or to be more or less patient with visitors."""
+    config = Config(
         app,
+        waiting=waiting,
+        patience=patience,
         log_config=None,  # whoever runs us has one way for all logs
         log_level="warning",
         access_log=False,
         server_header=False,
         proxy_headers=False,
         lifespan=lifespan,
-        ws="none",
         timeout_graceful_shutdown=grace,
     )
-    return _Server(config, leaving)
-
-
-class _Server(uvicorn.Server):
-    """Which says when it begins to end."""
-
-    def __init__(self, config: uvicorn.Config, leaving: Callable[[], object] | None):
-        super().__init__(config)
-        self.leaving = leaving
-
-    async def shutdown(self, sockets: list[socket] | None = None) -> None:
-        """Tell, then end."""
-        if self.leaving is not None:
-            self.leaving()
-        await super().shutdown(sockets)
+    return Server(config, leaving)
 
 
 @dataclass(frozen=True)
