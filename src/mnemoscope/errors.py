@@ -20,6 +20,10 @@ from . import redaction
 __all__ = ["CannotAudit", "MnemoscopeError", "ModelFault", "RunError", "UnknownName", "UsageError"]
 
 
+MOST_NAMES, LONGEST_NAME = 50, 200
+"""How many known names a message lists, and how much it shows of one that is unknown."""
+
+
 class MnemoscopeError(Exception):
     """The root of all errors that mnemoscope raises on purpose; its message holds no secret that it was given to quote."""
 
@@ -39,10 +43,11 @@ class UnknownName(UsageError, LookupError):
     """A name that does not exist, with the nearest one that does."""
 
     def __init__(self, kind: str, name: str, known: Iterable[str]):
-        known = sorted(known)
+        known, name = sorted(known), name if len(name) <= LONGEST_NAME else f"{name[:LONGEST_NAME]}…"
         near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
         hint = f" Did you mean {near[0]!r}?" if near else ""
-        listing = f" Known: {', '.join(known)}." if known else ""
+        others = f" and {len(known) - MOST_NAMES:,} more" if len(known) > MOST_NAMES else ""
+        listing = f" Known: {', '.join(known[:MOST_NAMES])}{others}." if known else ""
         super().__init__(f"no {kind} named {name!r}.{hint}{listing}")
         self.kind, self.name, self.known = kind, name, known
 

@@ -114,7 +114,10 @@ def test_large_requests_are_cut_off():
     async def receive():
         return {"type": "http.request", "body": bytes(1 << 20), "more_body": True}
 
-    asyncio.run(Doors(app)({"type": "http", "path": "/gradio_api/queue/join"}, receive, None))
+    async def ignore(message):
+        pass
+
+    asyncio.run(Doors(app)({"type": "http", "method": "POST", "path": "/config", "headers": []}, receive, ignore))
     assert seen.pop() == "http.disconnect"
     assert sum(seen) == LARGEST_REQUEST
 

@@ -264,4 +264,5 @@ def test_counts_of_many_visitors_are_right(tmp_path):
     write(tmp_path / "r", [row(f"p{i}") for i in range(50)])
     library = Library(tmp_path)
     with ThreadPoolExecutor(8) as pool:
-        assert {entries[0].rows for entries in pool.map(lambda _: library.entries(), range(32))} == {50}
+        entries = pool.map(lambda _: library.count_rows(library.runs().entries), range(32))
+        assert {entry.rows for (entry,) in entries} == {50}

@@ -231,6 +231,28 @@ def test_ten_thousand_rows_are_a_hundred_at_a_time(page, address):
     assert len(page.content()) < 50_000
 
 
+def test_many_runs_are_a_hundred_at_a_time(page, tmp_path):
+    for number in range(120):
+        write(
+            tmp_path / f"run-{number:03}", [row("a")], started=f"2026-01-01T00:00:00.{number:03}+00:00", status="done"
+        )
+    with served(tmp_path) as address:
+        page.goto(address)
+        matching(page, "1–100 of 120 runs")
+        follow(page, "n")
+        matching(page, "101–120 of 120 runs")
+        assert lines(page)[-1] == "run-000"
+        press(page, "/")
+        page.keyboard.type("run-11")
+        matching(page, "1–10 of 10 runs that match, of 120")
+        assert "q=run-11" in page.url
+        assert "page=" not in page.url
+        press(page, "Escape", "j", "x", "j", "x")
+        follow(page, "c")
+        page.locator("h1", has_text="compared").wait_for()
+        page.close()
+
+
 def test_rows_appear_while_an_audit_writes(page, tmp_path):
     run = write(tmp_path / "live", [row("first prompt", score=3.0), row("second prompt", score=1.0)])
     with served(tmp_path) as address:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+import signal
+import threading
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -18,8 +21,11 @@ from .view import address, bound
 
 if TYPE_CHECKING:
     from ..studio.model import Studio
+    from ..studio.server import Doors
 
 PORT = 7348
+PATIENCE = 2.0
+"""Seconds that work may take to stop after Ctrl-C."""
 TOKEN = "MNEMOSCOPE_STUDIO_TOKEN"
 FAVORITES = ("oncoming police car", "polar bear, arctic and white")
 """Captions of often repeated pictures that the page begins with."""
@@ -91,15 +97,26 @@ def studio(
         from ..studio.server import METHODS, POLICY, create_app
 
         headers = {**HEADERS, "Content-Security-Policy": POLICY}
-        app = Gate(create_app(opened), host, token, variable=TOKEN, methods=METHODS, headers=headers)
+        doors = create_app(opened)
+        app = Gate(doors, host, token, variable=TOKEN, methods=METHODS, headers=headers)
         screen.show(address(host, listening.getsockname()[1]))
         asks = "; asks for the token once: add ?token=… to the address" if token else ""
         screen.say(f"Open this address in a browser{asks}. Ctrl-C ends it.")
         try:
             with output.without_prompts():
-                serve(app, listening, lifespan="on")
+                serve(app, listening, lifespan="on", leaving=lambda: end_soon(doors))
         except KeyboardInterrupt:
-            raise typer.Exit(0) from None
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # it ends already, and a third one would only be a traceback
+        raise typer.Exit(0)
+
+
+def end_soon(doors: Doors) -> None:
+    """Tell all work to stop. A step of a large model hears of it late, so the process does not wait longer than :data:`PATIENCE`."""
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # tasks that are left behind are no news
+    doors.leave()
+    timer = threading.Timer(PATIENCE, output.end_process, (0,))
+    timer.daemon = True
+    timer.start()
 
 
 def _open(model: str, calibration: Path | None, reference: Path | None, out: Path, **settings: Any) -> Studio:

@@ -48,9 +48,16 @@ __all__ = [
     "free_folder",
     "known_differences",
     "locked",
+    "row_files",
     "sample_id",
     "write_whole",
 ]
+
+
+def row_files(folder: Path) -> list[Path]:
+    """The files of a run folder that hold rows: ``samples.jsonl``, then shards in the order of their numbers."""
+    numbered = ((ROWS.fullmatch(p.name), p) for p in folder.iterdir())
+    return [p for _, p in sorted((int(m[1] or -1), p) for m, p in numbered if m)]
 
 
 def differences(stored: Any, asked: Any, path: str = "") -> list[str]:
@@ -156,9 +163,8 @@ class Run:
     # The rows -------------------------------------------------------------------------------------------------------------
 
     def files(self) -> list[Path]:
-        """The files that hold rows: ``samples.jsonl``, then shards in the order of their numbers."""
-        found = ((ROWS.fullmatch(p.name), p) for p in self.folder.iterdir())
-        return [p for _, p in sorted((int(m[1] or -1), p) for m, p in found if m)]
+        """The files that hold rows, see :func:`row_files`."""
+        return row_files(self.folder)
 
     def outcomes(self) -> dict[str, str]:
         """Status (``ok`` or ``error``) of every sample that has a row; ``ok`` wins over failed attempts."""

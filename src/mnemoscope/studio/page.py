@@ -6,17 +6,13 @@ import base64
 import binascii
 import functools
 import logging
-import os
+import threading
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
-
-os.environ["GRADIO_ANALYTICS_ENABLED"] = (
-    "False"  # read when gradio is imported and when it makes a page: it would call home
-)
 
 import gradio as gr
 
@@ -64,11 +60,13 @@ class Page:
         blocks: Gradio's.
         theme: System fonts only.
         css: Ours.
+        leave: Tells whatever is at work to stop.
     """
 
     blocks: gr.Blocks
     theme: gr.themes.Base
     css: str
+    leave: Callable[[], None]
 
 
 def build(studio: Studio, offer: Callable[[Path], str]) -> Page:
@@ -84,7 +82,21 @@ def build(studio: Studio, offer: Callable[[Path], str]) -> Page:
         desk.connect(blocks)
     blocks.queue(max_size=QUEUE, api_open=False)
     blocks.state_session_capacity = VISITORS
-    return Page(blocks, _theme(), _text("page.css"))
+    _keep_no_statistics(blocks)
+    return Page(blocks, _theme(), _text("page.css"), desk.leaving.set)
+
+
+class _Nothing(dict[str, Any]):
+    """A dictionary that stays empty."""
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        """Forget it."""
+
+
+def _keep_no_statistics(blocks: gr.Blocks) -> None:
+    """Gradio counts events by visitor and function, for a page that is not there, and where that fails it keeps the event for ever."""
+    blocks._queue.event_analytics = _Nothing()
+    blocks._queue.compute_analytics_summary = lambda records: {}  # type: ignore[method-assign]
 
 
 class Desk:
@@ -92,6 +104,7 @@ class Desk:
 
     def __init__(self, studio: Studio, offer: Callable[[Path], str]):
         self.studio, self.offer = studio, offer
+        self.leaving = threading.Event()
         self.parts: dict[str, Any] = {}
 
     # What is there --------------------------------------------------------------------------------------------------------
@@ -315,7 +328,7 @@ class Desk:
             for k, state in enumerate(states):
                 what = "Drawing" if len(states) == 1 else f"Drawing, {k + 1} of {len(states)} prompts"
                 draw = functools.partial(self.studio.draw, state.prompt)
-                session.draw(state.number, (yield from _told(draw, session, what)))
+                session.draw(state.number, (yield from _told(draw, session, what, self.leaving)))
             yield self._shown(session, "" if states else "These pictures are drawn already.", where=where)
 
         yield from _said(work)
@@ -325,7 +338,7 @@ class Desk:
 
         def work() -> Iterator[Values]:
             write = functools.partial(self.studio.export, list(session.states))
-            run = yield from _told(write, session, "Writing")
+            run = yield from _told(write, session, "Writing", self.leaving)
             part = fragments.exported(str(run.folder), self.offer(run.folder), run.manifest.asked)
             yield answer(exported=part)
 
@@ -387,15 +400,17 @@ def _sentence(error: Exception) -> str:
     )
 
 
-def _told(work: Callable[[Tell], T], session: Session, what: str, every: float = 0.25) -> Generator[Values, None, T]:
-    """Do something long in a thread of its own, and show how far it is now and then; ends soon once the session is stopped."""
+def _told(
+    work: Callable[[Tell], T], session: Session, what: str, leaving: threading.Event, every: float = 0.25
+) -> Generator[Values, None, T]:
+    """Do something long in a thread of its own, and show how far it is now and then; ends soon once the session is stopped, or all ends."""
     reached, shown, left = (0, 1), (-1, 1), False
     session.busy = True
 
     def tell(done: int, asked: int) -> None:
         nonlocal reached
         reached = (done, asked)
-        if session.stopped or left:
+        if session.stopped or left or leaving.is_set():
             raise Stopped
 
     with ThreadPoolExecutor(1, "studio") as pool:

@@ -5,8 +5,8 @@ them up to date and gives them keys, and everything can be read without it.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from socket import socket
@@ -23,7 +23,7 @@ from starlette.types import ASGIApp
 
 from ..errors import MnemoscopeError, RunError, UnknownName, UsageError
 from ..records.schema import Row
-from ..records.store import differences, digest
+from ..records.store import differences, digest, short
 from ..report import plots
 from ..report.findings import Finding, Shot
 from ..report.html import environment as report_environment
@@ -34,6 +34,7 @@ from .access import Gate
 from .connections import Config, Patience, Server
 from .listing import Query
 from .reading import Library, Snapshot
+from .runs import Entry
 
 __all__ = ["create_app", "serve"]
 
@@ -45,6 +46,12 @@ THUMB = 128
 
 SEEDS = 24
 """How many seeds of its prompt a sample's page shows."""
+
+MOST_STEPS = 1000
+"""How many steps of a score are drawn."""
+
+LONGEST_RECORD = 100_000
+"""Characters of a row, or of a configuration, that a page shows as it stands in its file."""
 
 WHILE_RUNNING, OTHERWISE = 2000, 10000
 """Milliseconds between two looks at a run that is being written, and at any other: the same command may continue it."""
@@ -173,27 +180,40 @@ class _Pages:
         """The report's words and macros, with our pages before them."""
         env = report_environment()
         env.loader = ChoiceLoader([PackageLoader("mnemoscope.web"), PackageLoader("mnemoscope.report")])
-        env.globals |= {"Query": Query, "listing": listing}
+        env.globals |= {"Query": Query, "listing": listing, "MOST": listing.SIZE}
+        env.globals |= {"MOST_STEPS": MOST_STEPS, "LONGEST_RECORD": LONGEST_RECORD}
         return env
 
     # Pages ----------------------------------------------------------------------------------------------------------------
 
     def home(self, request: Request) -> Response:
-        """All runs."""
-        entries = self.library.entries()
-        version = digest(
-            [[e.name, e.rows, e.error, e.manifest and [e.manifest.status, e.manifest.ended]] for e in entries]
+        """All runs, a page of them."""
+        query = Query.parse({k: request.query_params[k] for k in ("q", "page") if k in request.query_params})
+        runs = self.library.runs()
+        page = listing.list_runs(runs.entries, query)
+        page = replace(page, lines=self.library.count_rows(page.lines))
+        version = digest([page.number, page.matching, page.all, runs.complete, [_facts(e) for e in page.lines]])
+        if _has_seen(request, version):
+            return Response(status_code=204)
+        running = any(e.status == "running" for e in page.lines)
+        return self._page(
+            "home",
+            version,
+            running,
+            page=page,
+            query=query,
+            folder=self.library.folder,
+            complete=runs.complete,
         )
-        running = any(e.manifest is not None and e.manifest.status == "running" for e in entries)
-        return self._page(request, "home", version, running, entries=entries, folder=self.library.folder)
 
     def run(self, request: Request) -> Response:
         """One run: its numbers, and its prompts or samples as a list."""
         run = self.library.run(request.path_params["run"])
+        if _has_seen(request, run.version):
+            return Response(status_code=204)
         query = Query.parse(request.query_params)
         page = listing.listed(run, query)
         return self._page(
-            request,
             "list",
             run.version,
             run.manifest.status == "running",
@@ -202,7 +222,7 @@ class _Pages:
             query=query,
             page=page,
             others=[name for name in self.library.names() if name != run.name],
-            config=json.dumps(run.manifest.config, indent=2, ensure_ascii=False, sort_keys=True, default=str),
+            config=_record(run.manifest.config, sort=True),
         )
 
     def sample(self, request: Request) -> Response:
@@ -214,7 +234,6 @@ class _Pages:
         rows = [self.library.sample(name, id) for _, id in seeds[:SEEDS]]
         others = [_Opened(run, o, opened.finding, pictures.generated(_shot(o), THUMB), None) for o in rows]
         return self._page(
-            request,
             "sample",
             run.version,
             False,
@@ -225,17 +244,19 @@ class _Pages:
             seeds=len(seeds),
             place=listing.place(run, query, row.id, (row.prompt_id, row.prompt)),
             figure=_steps(run, row, rows),
-            record=json.dumps(row.model_dump(mode="json", exclude_none=True), indent=2, ensure_ascii=False),
+            record=_record(row.model_dump(mode="json", exclude_none=True)),
         )
 
     def compare(self, request: Request) -> Response:
         """Two runs, and how each prompt did in both."""
         runs = a, b = [self.library.run(name) for name in self._two(request)]
+        version = digest([run.version for run in runs])
+        if _has_seen(request, version):
+            return Response(status_code=204)
         query = Query.parse(request.query_params).at(("run", a.name), ("run", b.name))
         return self._page(
-            request,
             "compare",
-            digest([run.version for run in runs]),
+            version,
             any(run.manifest.status == "running" for run in runs),
             a=a,
             b=b,
@@ -255,7 +276,6 @@ class _Pages:
         opened = [self._open(name, id) if id else None for name, id in zip(names, ids, strict=True)]
         runs = a, b = [self.library.run(name) for name in names]
         return self._page(
-            request,
             "pair",
             digest([run.version for run in runs]),
             False,
@@ -297,9 +317,7 @@ class _Pages:
 
     # What pages share -----------------------------------------------------------------------------------------------------
 
-    def _page(self, request: Request, name: str, version: str, running: bool, **facts: Any) -> Response:
-        if request.query_params.get("seen") == version:
-            return Response(status_code=204)
+    def _page(self, name: str, version: str, running: bool, **facts: Any) -> Response:
         every = WHILE_RUNNING if running else OTHERWISE
         page = self.env.get_template(f"{name}.html.jinja").render(version=version, every=every, **facts)
         return HTMLResponse(_encoded(page))
@@ -324,8 +342,23 @@ class _Pages:
         return Pictures(run.folder, thumbnails=self.thumbnails)
 
 
+def _has_seen(request: Request, version: str) -> bool:
+    """Whether the page that asks shows this already; nothing more is made for it then."""
+    return request.query_params.get("seen") == version
+
+
+def _facts(entry: Entry) -> list[Any]:
+    """What the list shows of a run, as plain values."""
+    return [v for k, v in vars(entry).items() if k != "folder"]
+
+
 def _shot(row: Row) -> Shot:
     return Shot(row.seed, None, row.image, row.nearest)
+
+
+def _record(value: Mapping[str, Any], *, sort: bool = False) -> str:
+    """Plain values as JSON that a person reads, cut where nobody reads on."""
+    return short(json.dumps(value, indent=2, ensure_ascii=False, sort_keys=sort, default=str), LONGEST_RECORD)
 
 
 def _encoded(page: str) -> bytes:
@@ -337,8 +370,8 @@ def _steps(run: Snapshot, row: Row, others: Sequence[Row]) -> Markup | None:
     detector = run.summary.detector
     if detector is None or detector not in row.scores or len(row.scores[detector].per_step) < 2:
         return None
-    curves = [o.scores[detector].per_step for o in others if detector in o.scores]
-    drawn = [plots.Bundle(f"seed {row.seed}", [row.scores[detector].per_step])]
+    curves = [o.scores[detector].per_step[:MOST_STEPS] for o in others if detector in o.scores]
+    drawn = [plots.Bundle(f"seed {row.seed}", [row.scores[detector].per_step[:MOST_STEPS]])]
     if len(curves) > 1:
         drawn.append(plots.Bundle(f"median of {len(curves)} seeds", curves))
     return plots.steps(drawn, axis=f"{detector} ({row.scores[detector].space}-space)")

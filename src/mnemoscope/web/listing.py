@@ -11,11 +11,15 @@ from urllib.parse import urlencode
 from ..errors import UnknownName, UsageError
 from ..report.words import NO_GROUP
 from .reading import Line, Snapshot
+from .runs import Entry
 
-__all__ = ["Page", "Pair", "Place", "Query", "compared", "groups", "listed", "place", "place_of_pair"]
+__all__ = ["Page", "Pair", "Place", "Query", "compared", "groups", "list_runs", "listed", "place", "place_of_pair"]
 
 SIZE = 100
 """Lines on a page."""
+
+LONGEST_NAME = 1000
+"""Characters of a group's name that can be asked for."""
 
 
 T = TypeVar("T")
@@ -104,6 +108,19 @@ def _cut(lines: Sequence[T], query: Query, all: int) -> Page[T]:
     return Page(lines[(number - 1) * SIZE : number * SIZE], number, pages, len(lines), all)
 
 
+def list_runs(entries: Sequence[Entry], query: Query) -> Page[Entry]:
+    """The runs whose name, kind, status or model has the words of a query, in the order in which they are given."""
+    words = query.q.casefold().split()
+    chosen = [e for e in entries if _has(words, f"{e.name}\n{e.kind}\n{e.status}\n{e.model}")]
+    return _cut(chosen, query, len(entries))
+
+
+def _has(words: Sequence[str], text: str) -> bool:
+    """Whether all words, in small letters, occur in a text, in any case."""
+    folded = text.casefold()
+    return all(word in folded for word in words)
+
+
 # Lines of one run ---------------------------------------------------------------------------------------------------------
 
 SHOW: dict[str, Callable[[Line], bool]] = {
@@ -184,8 +201,9 @@ def place(run: Snapshot, query: Query, id: str, prompt: tuple[str, str]) -> Plac
 
 
 def groups(*runs: Snapshot) -> list[str]:
-    """Names of the groups, in the order of the report; empty where no prompt has one."""
-    return list(dict.fromkeys(group.name for run in runs for group in run.summary.groups))
+    """Names of the groups that can be asked for, in the order of the report; empty where no prompt has one."""
+    names = dict.fromkeys(group.name for run in runs for group in run.summary.groups)
+    return [name for name in names if len(name) <= LONGEST_NAME]
 
 
 def _chosen(lines: Iterable[Line], query: Query) -> list[Line]:
@@ -208,10 +226,7 @@ def _picked(
 def _fits(line: Line, group: str, words: Sequence[str]) -> bool:
     if group and (line.group or NO_GROUP) != group:
         return False
-    if not words:
-        return True
-    text = f"{line.prompt}\n{line.prompt_id}\n{line.id}\n{line.reference or ''}".casefold()
-    return all(word in text for word in words)
+    return not words or _has(words, f"{line.prompt}\n{line.prompt_id}\n{line.id}\n{line.reference or ''}")
 
 
 def _named(kind: str, known: Mapping[str, T], name: str) -> T:

@@ -15,55 +15,44 @@ import threading
 import time
 from array import array
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO
 
 from pydantic import ValidationError
 
 from ..errors import MnemoscopeError, RunError, UnknownName, UsageError
-from ..parsing import ParseError, parse_json
+from ..parsing import LONGEST_LINE, ParseError, parse_json
 from ..records.files import open_inside
 from ..records.schema import Manifest, Nearest, Row, Score, Thresholds
-from ..records.store import Run, digest
+from ..records.store import Run, digest, row_files
 from ..records.thresholds import parse_thresholds
 from ..report.once import Once
 from ..report.summary import Finding, Summary, read_part, summarize
+from .runs import Entry, Place, Places, find, read_entry
+from .stamps import Stamp, stamp
 
-__all__ = ["Entry", "Library", "Line", "Snapshot"]
+__all__ = ["Library", "Line", "Runs", "Snapshot"]
 
-DEPTH = 4
-"""How many folders below the first one runs are looked for."""
+LONGEST_ID = 1000
+"""Characters of a sample's id; ours have twenty, and one that no address can hold is no id."""
+
+MOST_DAMAGED = 100
+"""How many damaged lines of a file are named; of more, only the number is known."""
 
 KEPT = 6
 """How many runs stay in memory; the one that was not looked at for longest goes."""
 
 REST = 5.0
-"""A growing run is summarized again when this many times the last effort has passed: reading never starves the audit."""
+"""A growing run is summarized again, and runs are looked for again, when this many times the last effort has passed: reading never
+starves the audit."""
 
+NO_TEXT = "The name of this folder is no text, so no address leads to it; rename it."
 
-@dataclass(frozen=True)
-class Entry:
-    """One run in the list of runs.
-
-    Attributes:
-        name: Its folder, relative to the one that is viewed, with forward slashes.
-        manifest: What it says about itself; None: it cannot be read.
-        rows: Lines written so far; failed attempts count.
-        error: Why it cannot be read, in a sentence.
-    """
-
-    name: str
-    manifest: Manifest | None
-    rows: int
-    error: str = ""
-
-    @property
-    def status(self) -> str:
-        """Of the manifest; that of a run with fewer lines than samples is never done."""
-        stated = "" if self.manifest is None else self.manifest.status
-        return "incomplete" if stated == "done" and self.manifest and self.rows < self.manifest.asked else stated
+LONGEST_REST = 1.0
+"""Seconds after which runs are looked for again in any case: a page that asks every few seconds sees each change."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +88,8 @@ class Snapshot:
     Attributes:
         version: Differs when anything on the disk does.
         summary: The numbers of the report, without its tables on known labels, which take long to compute.
-        damaged: Lines that could not be read, in sentences.
+        damaged: Lines that could not be read, in sentences: the first ones of each file.
+        losses: How many lines could not be read.
         prompts: A line per prompt, worst first.
         samples: A line per sample, in the order of the files.
         findings: What is known about each prompt, by id and text.
@@ -111,6 +101,7 @@ class Snapshot:
     version: str
     summary: Summary
     damaged: tuple[str, ...]
+    losses: int
     prompts: list[Line]
     samples: list[Line]
     findings: dict[tuple[str, str], Finding]
@@ -122,11 +113,33 @@ class Snapshot:
         return self.summary.manifest
 
 
+@dataclass(frozen=True)
+class Runs:
+    """All runs at one moment.
+
+    Attributes:
+        entries: The one that started last first, those that cannot be read at the end; rows are not counted.
+        complete: Whether every folder was looked into.
+    """
+
+    entries: Sequence[Entry]
+    complete: bool
+
+
+class _Memory:
+    """What is remembered of a run: its entry, as long as its manifest has one stamp, and how far its rows are counted."""
+
+    def __init__(self, name: str, place: Place, count: _Count):
+        self.stamp, self.count = place.stamp, count
+        self.entry = read_entry(name, place.folder)
+
+
 class Library:
     """All runs at or below a folder. Safe for several threads.
 
     Args:
-        folder: A run folder, or a folder that holds runs at any of :data:`DEPTH` levels; links out of it are not followed.
+        folder: A run folder, or a folder that holds runs at any of :data:`~mnemoscope.web.runs.DEPTH` levels; links out of it are not
+            followed.
 
     Raises:
         UsageError: there is no such folder.
@@ -139,21 +152,29 @@ class Library:
                 f"there is no folder {self.folder}; give one that holds runs, or make a first run: mnemoscope demo"
             )
         self._lock = threading.Lock()
-        self._found: dict[str, Path] = {}
+        self._finding: Once[Places] = Once()
+        self._places: Places | None = None
+        self._due = 0.0
+        self._listing: Once[Runs] = Once()
+        self._runs: Runs | None = None
+        self._memory: dict[str, _Memory] = {}
+        self._counting: Once[Entry] = Once()
         self._readers: OrderedDict[str, _Reader] = OrderedDict()
-        self._counts: dict[Path, _Count] = {}
 
-    def entries(self) -> list[Entry]:
-        """Every run, the one that started last first, broken ones at the end."""
-        found = self._find()
-        # Two threads may do this at once: what one forgets of the other's counts is only counted again.
-        self._counts = counts = {path: self._counts.get(path) or _Count() for path in found.values()}
-        entries = [_entry(name, path, counts[path]) for name, path in found.items()]
-        return sorted(entries, key=lambda e: e.manifest.started if e.manifest else "", reverse=True)
+    def runs(self) -> Runs:
+        """Every run as it is, or, while another thread looks for them, as they were a moment ago."""
+        latest = self._runs
+        if latest is not None and self._listing.runs(""):
+            return latest
+        return self._listing.do("", self._list)
+
+    def count_rows(self, entries: Iterable[Entry]) -> list[Entry]:
+        """The same runs with the rows that each has now. Costs a look into the folder of each, so ask for those that are shown."""
+        return [self._counting.do(entry.name, partial(self._count_rows, entry)) for entry in entries]
 
     def names(self) -> list[str]:
         """Names of the runs, the broken ones too, without reading any."""
-        return list(self._find())
+        return list(self._find().by_name)
 
     def run(self, name: str) -> Snapshot:
         """A run as it is now (a large one that grows: as it was a moment ago).
@@ -173,79 +194,60 @@ class Library:
         """
         return self._reader(name).row(id)
 
+    def _list(self) -> Runs:
+        places = self._find()
+        self._memory = {name: self._remember(name, place) for name, place in places.by_name.items()}
+        entries = [memory.entry for memory in self._memory.values()]
+        entries += [Entry(name, self.folder, error=NO_TEXT) for name in places.nameless]
+        self._runs = Runs(sorted(entries, key=lambda e: e.started, reverse=True), places.complete)
+        return self._runs
+
+    def _remember(self, name: str, place: Place) -> _Memory:
+        before = self._memory.get(name)
+        if before is not None and before.stamp == place.stamp:
+            return before
+        return _Memory(name, place, _Count() if before is None else before.count)
+
+    def _count_rows(self, entry: Entry) -> Entry:
+        memory = self._memory.get(entry.name)
+        if entry.error or memory is None:
+            return entry
+        try:
+            return replace(entry, rows=memory.count.now(row_files(entry.folder)))
+        except MnemoscopeError as e:
+            return replace(entry, error=str(e))
+        except OSError as e:
+            return replace(entry, error=f"{entry.folder} cannot be read ({e.strerror or e}).")
+
     def _reader(self, name: str) -> _Reader:
         # A name from outside is looked up among the folders that were found; no path is ever made of it.
-        found = self._found if name in self._found else self._find()
-        if name not in found:
-            raise UnknownName("run", name, found)
+        places = self._places
+        if places is None or name not in places.by_name:
+            places = self._find()
+        if name not in places.by_name:
+            raise UnknownName("run", name, places.by_name)
         with self._lock:
-            reader = self._readers.pop(name, None) or _Reader(name, found[name])
+            reader = self._readers.pop(name, None) or _Reader(name, places.by_name[name].folder)
             self._readers[name] = reader  # the last one looked at
             while len(self._readers) > KEPT:
                 self._readers.popitem(last=False)
         return reader
 
-    def _find(self) -> dict[str, Path]:
-        # A run that is viewed by itself is called by its folder's name.
-        root = self.folder.resolve()
-        base = root.parent if Run.exists(root) else root
-        self._found = {name: path for path in _runs(root, DEPTH) if (name := _name(path.relative_to(base)))}
-        return self._found
+    def _find(self) -> Places:
+        latest = self._places
+        if latest is not None and (self._finding.runs("") or time.monotonic() < self._due):
+            return latest
+        return self._finding.do("", self._look)
 
-
-def _runs(folder: Path, depth: int) -> Iterator[Path]:
-    """Run folders at or below ``folder``; what lies inside a run is its own."""
-    if Run.exists(folder):
-        yield folder
-    elif depth:
-        try:
-            inside = sorted(e.path for e in os.scandir(folder) if e.is_dir(follow_symlinks=False))
-        except OSError:  # not ours to read
-            return
-        for path in inside:
-            if not os.path.basename(path).startswith("."):
-                yield from _runs(Path(path), depth - 1)
-
-
-def _name(path: Path) -> str:
-    """The path as an address can carry it; empty for a name that is no text at all."""
-    try:
-        return path.as_posix().encode().decode()
-    except UnicodeEncodeError:
-        return ""
-
-
-def _entry(name: str, folder: Path, count: _Count) -> Entry:
-    try:
-        run = Run(folder)
-        return Entry(name, run.manifest, count.now(run.files()))
-    except MnemoscopeError as e:
-        return Entry(name, None, 0, str(e))
-    except OSError as e:
-        return Entry(name, None, 0, f"{folder} cannot be read ({e.strerror or e}).")
+    def _look(self) -> Places:
+        began = time.monotonic()
+        self._places = places = find(self.folder)
+        now = time.monotonic()
+        self._due = now + min(LONGEST_REST, REST * (now - began))
+        return places
 
 
 # Files that grow ----------------------------------------------------------------------------------------------------------
-
-
-class _Stamp(NamedTuple):
-    """What tells that a file is another one, or was written to."""
-
-    inode: int
-    size: int
-    changed: int
-
-    @classmethod
-    def of(cls, facts: os.stat_result) -> _Stamp:
-        """From what the system says of a file."""
-        return cls(facts.st_ino, facts.st_size, facts.st_mtime_ns)
-
-
-def _stamp(path: Path) -> _Stamp | None:
-    try:
-        return _Stamp.of(path.stat())
-    except OSError:
-        return None
 
 
 def _opened(path: Path) -> BinaryIO:
@@ -276,7 +278,8 @@ class _Tail:
     def __init__(self, path: Path):
         self.path = path
         self.damaged: list[str] = []
-        self._stamp: _Stamp | None = None
+        self.losses = 0
+        self._stamp: Stamp | None = None
         self._end = 0
         self._number = 0
         self._last = b""
@@ -288,20 +291,20 @@ class _Tail:
             _Replaced: what was read before is no longer there.
             RunError: the file cannot be read.
         """
-        if _stamp(self.path) == self._stamp:
+        if stamp(self.path) == self._stamp:
             return
         try:
             with _opened(self.path) as file:
-                stamp = _Stamp.of(os.fstat(file.fileno()))
-                self._check(file, stamp)
+                now = Stamp.of(os.fstat(file.fileno()))
+                self._check(file, now)
                 yield from self._read(file)
         except OSError as e:
             raise RunError(f"{self.path} cannot be read ({e.strerror or e}).") from e
-        self._stamp = stamp
+        self._stamp = now
 
-    def _check(self, file: BinaryIO, stamp: _Stamp) -> None:
+    def _check(self, file: BinaryIO, now: Stamp) -> None:
         before = self._stamp
-        if stamp.size < self._end or (before and (stamp.inode != before.inode or stamp.size == before.size)):
+        if now.size < self._end or (before and (now.inode != before.inode or now.size == before.size)):
             raise _Replaced
         file.seek(self._end - len(self._last))
         if file.read(len(self._last)) != self._last:
@@ -309,36 +312,55 @@ class _Tail:
 
     def _read(self, file: BinaryIO) -> Iterator[tuple[Row, int, int]]:
         """Rows from where ``file`` stands, which is the end of the last one."""
-        start, number = self._end, self._number
-        waiting: list[str] = []
-        for raw in file:
+        damaged = b""
+        for raw in iter(lambda: file.readline(LONGEST_LINE + 1), b""):
             if not raw.endswith(b"\n"):
                 return
-            number += 1
-            try:
-                row = Row.model_validate(parse_json(raw))
-            except (ParseError, ValidationError):
-                waiting.append(f"Line {number} of {self.path} is damaged and left out here.")
-            else:
-                self.damaged += waiting
-                waiting = []
-                self._end, self._number, self._last = start + len(raw), number, raw
-                yield row, start, len(raw)
-            start += len(raw)
+            if damaged:
+                self._pass(damaged)
+                self._lose()
+            row, damaged = _row(raw), b""
+            if row is None:
+                damaged = raw
+                continue
+            start = self._end
+            self._pass(raw)
+            yield row, start, len(raw)
+
+    def _pass(self, raw: bytes) -> None:
+        """Go on behind a line."""
+        self._end += len(raw)
+        self._number += 1
+        self._last = raw
+
+    def _lose(self) -> None:
+        """The line before the place that was reached is damaged, and stays so."""
+        self.losses += 1
+        if self.losses <= MOST_DAMAGED:
+            self.damaged.append(f"Line {self._number} of {self.path} is damaged and left out here.")
+
+
+def _row(raw: bytes) -> Row | None:
+    """The row of a line; None: it is none."""
+    try:
+        row = Row.model_validate(parse_json(raw))
+    except (ParseError, ValidationError):
+        return None
+    return row if len(row.id) <= LONGEST_ID else None
 
 
 class _Count:
     """How many lines the files of a run have, without reading any twice. Threads that count at once do the work twice, and both right."""
 
     def __init__(self) -> None:
-        self._seen: dict[Path, tuple[_Stamp, int]] = {}
+        self._seen: dict[Path, tuple[Stamp, int]] = {}
 
     def now(self, files: Iterable[Path]) -> int:
         """Counted up to this moment."""
         return sum(map(self._lines, files))
 
     def _lines(self, path: Path) -> int:
-        now, (before, lines) = _stamp(path), self._seen.get(path, (None, 0))
+        now, (before, lines) = stamp(path), self._seen.get(path, (None, 0))
         if now is None or now == before:
             return lines
         grown = before is not None and now.inode == before.inode and now.size > before.size
@@ -348,7 +370,7 @@ class _Count:
             while piece := file.read(1 << 20):
                 lines += piece.count(b"\n")
                 size += len(piece)
-        self._seen[path] = (_Stamp(now.inode, size, now.changed), lines)
+        self._seen[path] = (now._replace(size=size), lines)
         return lines
 
 
@@ -535,12 +557,12 @@ class _Reader:
 
     def _now(self) -> Snapshot:
         """The run as it is, unless that was looked at too recently; one thread at a time."""
-        run = Run(self.folder)
-        version = self._version(run)
+        version = self._version()  # before anything is read: what changes meanwhile is read the next time
         latest = self._latest
         if latest is not None and (latest.version == version or time.monotonic() < self._due):
             return latest
         began = time.monotonic()
+        run = Run(self.folder)
         thresholds = read_part(self.folder / "thresholds.json", parse_thresholds)
         rows = self._read(run)
         made = self._make(run, version, rows, thresholds)
@@ -578,9 +600,12 @@ class _Reader:
                 return None
             return self._rows.tails[columns.file[i]].path, columns.start[i], columns.length[i]
 
-    def _version(self, run: Run) -> str:
-        files = [self.folder / "run.json", self.folder / "thresholds.json", *run.files()]
-        return digest([[p.name, _stamp(p)] for p in files])
+    def _version(self) -> str:
+        try:
+            files = [self.folder / "run.json", self.folder / "thresholds.json", *row_files(self.folder)]
+        except OSError as e:
+            raise RunError(f"{self.folder} cannot be read ({e.strerror or e}).") from e
+        return digest([[p.name, stamp(p)] for p in files])
 
     def _read(self, run: Run) -> _Rows:
         """All rows: those that are known, with what was appended; or all anew where a file was replaced."""
@@ -615,6 +640,7 @@ class _Reader:
             version=version,
             summary=summary,
             damaged=tuple(sentence for tail in rows.tails for sentence in tail.damaged),
+            losses=sum(tail.losses for tail in rows.tails),
             prompts=[_prompt_line(f, columns, ids, members[key]) for key, f in findings.items()],
             samples=[columns.line(i, id, summary.detector) for i, id in enumerate(ids)],
             findings=findings,
