@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help demo test lint types contracts pytest wheel benchmark world clean
+.PHONY: help demo test lint types contracts pytest wheel fuzz benchmark world clean
 
 help:  ## what can be made
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -39,6 +39,11 @@ wheel: .venv/.dev  ## build the wheel and use it away from this folder
 	rm -rf build/wheel
 	$(BIN)/python -m build --wheel --no-isolation --outdir build/wheel > /dev/null
 	$(BIN)/python tests/check_wheel.py build/wheel
+
+SEED ?= 0
+MINUTES ?= 15
+fuzz: .venv/.dev  ## altered documents, strange requests and kills; SEED=, MINUTES=, KIND='run folders' (docs/fuzz.md; Linux)
+	$(BIN)/python -m fuzz --seed $(SEED) --minutes $(MINUTES) $(if $(KIND),--kind '$(KIND)') --json build/fuzz.json --markdown build/fuzz.md
 
 benchmark: .venv/.dev  ## measure again what docs/benchmark.md, descriptors.md, mitigations.md and model-card.md state (two hours)
 	for script in world copies descriptors captions benchmark; do $(BIN)/python bench/$$script.py || exit 1; done

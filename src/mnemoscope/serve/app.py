@@ -29,6 +29,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ..bounds import AMOUNT, POSITIVE, within
 from ..errors import CannotAudit, UsageError
+from ..parsing import ParseError, parse_json
 from .guard import GuardError, Refused
 from .metrics import CONTENT_TYPE
 from .schema import (
@@ -155,7 +156,9 @@ class Endpoint:
 
     def _order(self, body: bytes) -> Order:
         try:
-            asked: Any = self.request.model_validate_json(body)
+            asked: Any = self.request.model_validate(parse_json(body))
+        except ParseError as e:
+            raise Problem(400, f"The body cannot be read: {e}.", "invalid_json") from None
         except ValidationError as e:
             raise problem_of(e) from None
         width, height = size_of(asked.size, self.limits)

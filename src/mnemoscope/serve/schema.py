@@ -426,8 +426,6 @@ def problem_of(error: ValidationError) -> Problem:
     """The first thing that is wrong with a body, in a sentence."""
     first = error.errors(include_url=False, include_input=False)[0]
     kind, name = first["type"], str(first["loc"][0])[:64] if first["loc"] else None
-    if kind == "json_invalid":
-        return Problem(400, f"The body is no JSON: {first['ctx']['error']}.", "invalid_json")
     if name is None:
         return Problem(400, "The body must be a JSON object.", "invalid_type")
     if kind == "extra_forbidden":
