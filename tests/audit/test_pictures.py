@@ -37,7 +37,7 @@ def test_a_pipe_is_one_sentence_and_is_not_waited_for(folder):
 @pytest.mark.parametrize("caption", ["null", "NaN", "true", '["a"]', "{}"])
 def test_what_is_no_text_is_no_caption(folder, caption):
     (folder / "c.jsonl").write_text(f'{{"image": "a.png", "caption": {caption}}}\n')
-    with pytest.raises(UsageError, match="line 1: write"):
+    with pytest.raises(UsageError, match=r"line 1.*write"):
         pictures_in([folder], folder / "c.jsonl")
 
 

@@ -243,7 +243,7 @@ def test_a_screen_is_checked_with_some_of_those_that_it_leaves_out(world, folder
     assert f"{sum(reproduced)} of 2" in missed_words(reproduced) or "none found among 2" in missed_words(reproduced)
     # What a wider screen lets through checks nothing any more.
     assert not any(m.checked for m in measured(method(world), pictures, out))
-    with pytest.raises(UsageError, match="use 0 for none, or more"):
+    with pytest.raises(UsageError, match="must be a whole number from 0"):
         Screen(build("flipd"), 0.25, check=-1)
 
 
@@ -413,7 +413,7 @@ def test_captions_must_name_every_picture(folder, tmp_path):
         pictures_in([folder], file)
     assert pictures_in([folder / "0.png"], file)[0].caption == "a"
     file.write_text("{", encoding="utf-8")
-    with pytest.raises(UsageError, match="line 1: write"):
+    with pytest.raises(UsageError, match=r"line 1.*write"):
         pictures_in([folder], file)
     (tmp_path / "empty").mkdir()
     with pytest.raises(UsageError, match="there is no picture"):

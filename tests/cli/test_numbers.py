@@ -178,7 +178,7 @@ def test_a_text_that_holds_a_number_is_refused_too(run, closed, option, text):
         ),
         (
             ("redteam", "demo", "--mitigation", "prompt", "--option", "target=.nan"),
-            "target of the mitigation prompt is nan",
+            "target of the mitigation prompt is '.nan'",
         ),
         (
             ("redteam", "demo", "--mitigation", "random-tokens", "--option", "count=true"),

@@ -299,7 +299,6 @@ class AuditConfig(_Settings):
             raise UsageError(
                 f"config file {path} holds {type(content).__name__}; write settings as `name: value`, one per line."
             )
-        _require_plain(Path(path), content)
         if not anywhere:
             _require_harmless(Path(path), content, overrides)
         config = cls(**_merged(content, overrides))
@@ -381,21 +380,6 @@ LOADER_PATHS = ("lora", "unet", "config")
 
 LOADER_OPTIONS = ("guidance", "local_files_only", "resolution", "revision", "sampler", "variant", *LOADER_PATHS)
 """Options of the loader that a document may choose. The others hold secrets, or say what libraries write and where."""
-
-
-def _require_plain(path: Path, value: Any) -> None:
-    """Refuse values of kinds that YAML's tags make (bytes, sets, dates, …): they turn into texts after everybody has looked at them."""
-    if isinstance(value, dict):
-        for key, part in value.items():
-            _require_plain(path, key)
-            _require_plain(path, part)
-    elif isinstance(value, list):
-        for part in value:
-            _require_plain(path, part)
-    elif not (value is None or isinstance(value, (str, bool, int, float))):
-        raise UsageError(
-            f"config file {path} holds a {type(value).__name__} ({short(repr(value))}); write texts in quotes, and leave YAML tags out."
-        )
 
 
 def _require_harmless(path: Path, content: Mapping[Any, Any], overrides: Mapping[str, Any]) -> None:

@@ -85,11 +85,10 @@ def picture_lines(file: Path, more: str = "") -> list[dict[str, Any]]:
     try:
         with open_regular(file) as opened_file:
             lines = list(json_lines(opened_file))
-    except (OSError, ParseError) as e:
-        why = e.strerror if isinstance(e, OSError) else None
-        raise UsageError(
-            f'{file} cannot be read ({why or e}); write a line {{"image": "a.png", "caption": "…"{more}}} for each picture.'
-        ) from None
+    except OSError as e:
+        raise UsageError(f"{file} cannot be read ({e.strerror or e}); give a JSONL file in UTF-8.") from None
+    except ParseError as e:
+        raise UsageError(f'{file}, {e}; write {{"image": "a.png", "caption": "…"{more}}}.') from None
     pictures = []
     for number, row in lines:
         try:

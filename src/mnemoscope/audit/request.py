@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from ..bounds import shown
 from ..detect import calibrate
 from ..detect.base import AnyDetector, build
 from ..errors import CannotAudit, RunError, UnknownName, UsageError
@@ -333,7 +334,7 @@ def share_of(shard: str | None) -> tuple[int, int] | None:
         return None
     found = re.fullmatch(r"([0-9]{1,9})/([0-9]{1,9})", shard)
     if found is None or not int(found[1]) < int(found[2]):
-        raise UsageError(f"shard is {shard!r}, and must be k/m with 0 ≤ k < m, such as 0/4.")
+        raise UsageError(f"shard is {shown(shard)}, and must be k/m with 0 ≤ k < m, such as 0/4.")
     return int(found[1]), int(found[2])
 
 

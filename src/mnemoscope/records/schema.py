@@ -244,10 +244,9 @@ class Thresholds(Record):
         _known(self.setting, {"method": dict}, "setting")
         target = self.setting.get("target")
         size = target.get("resolution") if isinstance(target, dict) else None
-        if size is not None and not (_are_wholes(size) and all(0 < side <= SIDE for side in size)):
-            raise ValueError(
-                f"setting.target.resolution is {_short(size)}, and must be a list of pixels from 1 to {SIDE:,}"
-            )
+        sides: Any = [size] if _is_whole(size) else size
+        if size is not None and not (_are_wholes(sides) and all(0 < side <= SIDE for side in sides)):
+            raise ValueError(f"setting.target.resolution is {_short(size)}, and must be pixels from 1 to {SIDE:,}")
         seeds = self.setting.get("seeds")
         if seeds is not None and not (_is_whole(seeds) and seeds > 0) and not _are_wholes(seeds):
             raise ValueError(

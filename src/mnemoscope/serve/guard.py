@@ -455,7 +455,8 @@ def _compared(pipe: Any, calibration: Calibration, accept: bool) -> tuple[list[s
         )
     if not ({"target", "steps", "guidance", "window", "seeds"} <= was.keys() and isinstance(was["target"], dict)):
         raise UsageError(f"{where} does not say what its scores depend on; make one with {CURE}.")
-    options = {"resolution": tuple(size)} if (size := was["target"].get("resolution")) else {}
+    size = was["target"].get("resolution")
+    options = {"resolution": size if isinstance(size, int) else tuple(size)} if size else {}
     target = target_around(pipe, sampler="ddim", **options)
     # The scale of guidance and the length of the schedule move a first step through its time alone, which each generation shows.
     now = setting_of(

@@ -12,6 +12,7 @@ import gradio as gr
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ..errors import UsageError
+from ..parsing import ParseError, parse_json
 from ..records.store import first_error
 
 __all__ = ["Handler", "handlers_of", "is_session", "read_event"]
@@ -79,7 +80,9 @@ def read_event(body: bytes, handlers: Mapping[int, Handler], *, queued: bool) ->
         UsageError: it is no event of the page.
     """
     try:
-        event = Event.model_validate_json(body)
+        event = Event.model_validate(parse_json(body))
+    except ParseError as e:
+        raise UsageError(f"this is no event of the page ({e}); load the page again.") from None
     except ValidationError as e:
         raise UsageError(f"this is no event of the page ({first_error(e)[:200]}); load the page again.") from None
     handler = handlers.get(event.fn_index)
