@@ -249,3 +249,38 @@ def test_an_error_of_the_system_that_nobody_foresaw_is_a_sentence(run, folder, m
     monkeypatch.setenv("MNEMOSCOPE_DEBUG", "1")
     with pytest.raises(PermissionError):
         cli.main()
+
+
+@pytest.mark.parametrize("content", ["{", '{"scores": 3}'])
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["check", "demo", "a red apple", "--calibration", "broken.json"],
+        ["explain", "demo", "a red apple", "--calibration", "broken.json"],
+        ["studio", "demo", "--port", "0", "--calibration", "broken.json"],
+        ["serve", "demo", "--port", "0", "--thresholds", "broken.json"],
+        ["audit", "demo", "--prompts", "prompts.txt", "--out", "run", "--calibration", "broken.json"],
+        ["audit", "demo", "--prompts", "prompts.txt", "--calibration", "broken.json", "--dry-run"],
+        ["audit", "demo", "--prompts", "prompts.txt", "--out", "run", "--reference", "index"],
+        ["audit", "demo", "--prompts", "prompts.txt", "--reference", "index", "--dry-run"],
+        ["train", "demo", "pictures", "--out", "run", "--filter", "broken.json"],
+    ],
+    ids=lambda words: f"{words[0]} {' '.join(words[-3:])}",
+)
+def test_a_broken_document_is_refused_before_a_model_is_opened(run, tmp_path, monkeypatch, words, content):
+    def refuse(*args: object, **more: object) -> None:
+        raise AssertionError("a model was opened")
+
+    for place, name in (("models.load", "load"), ("models.load", "open_pipeline"), ("train.prepare", "open_trainee")):
+        monkeypatch.setattr(f"mnemoscope.{place}.{name}", refuse)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "prompts.txt").write_text("a red apple\n")
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "index").mkdir()
+    for document in ("broken.json", "index/manifest.json"):
+        (tmp_path / document).write_text(content)
+    code, out, err = run(*words)
+    said = [line for line in err.splitlines() if line.startswith("mnemoscope: ")]
+    assert (code, out, len(said)) == (2, "", 1), (out, err)
+    assert ("index" if "--reference" in words else "broken.json") in said[0]
+    assert not (tmp_path / "run" / "run.json").exists()

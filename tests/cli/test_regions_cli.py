@@ -68,3 +68,11 @@ def test_a_file_outside_the_run_is_not_shown(run, audited):
     (audited / "regions.json").write_text(json.dumps({PROMPT: {"file": "../prompts.txt", "alt": "words"}}))
     assert run("report", "r")[0] == 0
     assert "image lies outside the run folder" in (audited / "report.html").read_text()
+
+
+def test_a_run_that_takes_no_maps_is_refused_before_its_model_is_opened(run, audited):
+    (audited / "regions").write_text("no folder")
+    code, out, err = run("regions", "r")
+    assert (code, out) == (2, "")
+    assert "regions" in err.splitlines()[-1]
+    assert "Loading" not in err

@@ -9,6 +9,7 @@ from mnemoscope.records import files
 from mnemoscope.records.files import (
     file_inside,
     files_below,
+    folder_name,
     hash_file,
     leads_out,
     open_regular,
@@ -114,3 +115,12 @@ def test_lines_are_appended_and_a_pipe_that_nobody_reads_is_not_waited_for(folde
         file.write("a\n")
     assert os.read(reader, 10) == b"a\n"
     os.close(reader)
+
+
+@pytest.mark.parametrize(
+    ("name", "kept"), [(b"v2", "v2"), ("ärger 1".encode(), "ärger 1"), (b"v\xff\xfe2", "v__2"), (b"a\\b", "a_b")]
+)
+def test_a_record_calls_a_folder_what_every_system_can_call_one(name, kept, tmp_path):
+    folder = tmp_path / os.fsdecode(name)
+    assert folder_name(folder) == kept
+    assert len(folder_name(folder).encode()) <= len(name)

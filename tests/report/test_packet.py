@@ -27,12 +27,14 @@ from synthetic_run import make_run
 
 from mnemoscope import stats
 from mnemoscope.errors import RunError, UsageError
+from mnemoscope.records.files import folder_name
 from mnemoscope.records.schema import Nearest, Row, Score
 from mnemoscope.records.store import Run, Writer, sample_id
 from mnemoscope.records.table import prompt_scores
 from mnemoscope.report import archive as archives
 from mnemoscope.report import packet as packets
 from mnemoscope.report.archive import SUMS, Archive, parse_sums, plain, sha256_of, write_sums
+from mnemoscope.report.html import write_json
 from mnemoscope.report.packet import pack
 from mnemoscope.report.verify import Verified, check_sums, sound_packet, verify
 
@@ -75,6 +77,20 @@ def edit(packed: Path, tmp_path: Path) -> Callable[..., Path]:
 
 
 # What is in it
+
+
+@pytest.mark.skipif(
+    os.name != "posix" or sys.platform == "darwin", reason="such names are names of files on Linux alone"
+)
+@pytest.mark.parametrize("name", [b"v\xff", b"a\\b", b"\xff" * 200])
+def test_a_run_whose_name_not_every_system_can_have_is_packed_and_reported(
+    name: bytes, run: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(run, tmp_path / os.fsdecode(name)))
+    packed = pack([folder], images=False)
+    assert verify(packed.path).sound
+    said = json.loads(write_json(folder).read_bytes())
+    assert said["run"] == folder_name(folder)
 
 
 def test_a_packet_is_sound_and_says_its_digest(run: Path, packed: Path) -> None:

@@ -136,6 +136,26 @@ def test_reference_pictures_are_shown_as_long_as_they_are_what_they_were(picture
         index.image("nobody")
 
 
+@pytest.mark.parametrize("moment", ["before the lock", "between batches", "before the end"])
+def test_an_index_that_is_deleted_while_it_is_built_is_said(pictures, tmp_path, monkeypatch, moment):
+    folder = tmp_path / "index"
+    owner, name = {
+        "before the lock": (storage.IndexWriter, "__enter__"),
+        "between batches": (storage.IndexWriter, "append"),
+        "before the end": (storage.IndexFolder, "update"),
+    }[moment]
+    ordinary = getattr(owner, name)
+
+    def delete_first(*args: object, **more: object) -> object:
+        shutil.rmtree(folder, ignore_errors=True)
+        return ordinary(*args, **more)
+
+    monkeypatch.setattr(owner, name, delete_first)
+    with pytest.raises(RunError, match="was deleted or emptied while this command wrote to it"):
+        build_index(pictures, folder)
+    assert not folder.exists()
+
+
 def test_bad_pictures_are_counted_by_reason(pictures, tmp_path):
     (pictures / "zero.png").write_bytes(b"")
     (pictures / "junk.png").write_bytes(b"junk")

@@ -167,9 +167,10 @@ def require_known(config: AuditConfig, detectors: Sequence[AnyDetector] | None =
 
     Raises:
         UsageError: a share, a detector or the prompts cannot be as they were asked for.
+        RunError: the calibration cannot be read, or is none.
     """
     share_of(config.shard)
-    choose_detectors(config, detectors)
+    _read_calibration(config, choose_detectors(config, detectors))
     return None if config.prompts is None else read_prompts_for(config)
 
 
@@ -298,13 +299,22 @@ def _require_fitting(
 def _calibration(
     config: AuditConfig, target: Target, detectors: Mapping[str, AnyDetector]
 ) -> tuple[calibrate.Calibration | None, list[str]]:
-    if config.calibration is None:
+    calibration = _read_calibration(config, detectors)
+    if calibration is None:
         return None, []
-    found = calibrate.Calibration.load(config.calibration)
-    name = found.record.detector
-    if name not in detectors:
-        raise UnknownName(f"score in this audit, as {config.calibration} was made for,", name, detectors)
-    return found, found.check(calibration_setting(config, target, detectors[name]), accept=config.accept_threshold)
+    setting = calibration_setting(config, target, detectors[calibration.record.detector])
+    return calibration, calibration.check(setting, accept=config.accept_threshold)
+
+
+def _read_calibration(config: AuditConfig, detectors: Mapping[str, AnyDetector]) -> calibrate.Calibration | None:
+    """The calibration that a configuration names, which has to be of one of the detectors."""
+    if config.calibration is None:
+        return None
+    calibration = calibrate.Calibration.load(config.calibration)
+    if calibration.record.detector not in detectors:
+        scores = f"score in this audit, as {config.calibration} was made for,"
+        raise UnknownName(scores, calibration.record.detector, detectors)
+    return calibration
 
 
 def samples_for(

@@ -323,11 +323,9 @@ def audit(
         return
     if fresh:
         settings = _fresh(settings)
-    target = _load(settings)
+    target, pictures = _load(settings)
     with screen.stoppable(), screen.progress("audit") as progress:
-        run = run_audit(
-            settings, target=target, reference=_reference(settings), progress=progress, command=screen.command()
-        )
+        run = run_audit(settings, target=target, reference=pictures, progress=progress, command=screen.command())
     summary = read_summary(run.folder)
     measured = settings.measure is not None and run.manifest.status == "done"
     if measured:
@@ -408,7 +406,7 @@ def calibrate(
         return
     if fresh:
         settings = _fresh(settings)
-    target = _load(settings, fpr)
+    target, _ = _load(settings, fpr)
     with screen.stoppable(), screen.progress("calibrate") as progress:
         run, found = run_calibration(
             settings, fpr=fpr, target=target, progress=progress, command=screen.command(), unlabelled=unlabelled
@@ -624,8 +622,11 @@ def _number(text: str) -> int | float | str:
     return text
 
 
-def _load(settings: AuditConfig, fpr: float | None = None) -> Target:
-    """The model, once everything that is known without it is; with the rate of a threshold also that there are prompts enough for it."""
+def _load(settings: AuditConfig, fpr: float | None = None) -> tuple[Target, Any]:
+    """The model and the reference set, once everything is known that is without the model.
+
+    With the rate of a threshold this is also that there are prompts enough for it.
+    """
     from ..audit.request import require_known
     from ..audit.run import load
     from ..audit.stored import asked
@@ -640,9 +641,10 @@ def _load(settings: AuditConfig, fpr: float | None = None) -> Target:
             require_enough(len(prompts), fpr)
         for line in (*prompts.taken, *prompts.notes):
             screen.say(line)
+    reference = _reference(settings)
     target = load(settings)
     screen.say_target(target)
-    return target
+    return target, reference
 
 
 def _fresh(settings: AuditConfig) -> AuditConfig:
@@ -671,8 +673,8 @@ def _show_plan(settings: AuditConfig, fpr: float | None = None, *, as_json: bool
     from ..audit.request import require_possible
     from ..audit.run import measure_speed, plan
 
-    target = _load(settings, fpr)
-    require_possible(settings, target, _reference(settings))
+    target, reference = _load(settings, fpr)
+    require_possible(settings, target, reference)
     cost = plan(settings, target=target, seconds_per_forward=measure_speed(settings, target))
     if as_json:
         screen.show_json({"settings": settings.stored(), "plan": asdict(cost)})

@@ -40,6 +40,7 @@ def regions(
         raise UsageError(
             f"{run} gave each prompt noises of its own, and maps are made from the shared ones; audit with seed_mode shared."
         )
+    places.written_folder(run / "regions")
     screen.say_loading(f"Loading {model or 'the model of the run'} …")  # before torch is imported, which takes its time
     from ..audit.replay import config_of, require_model
     from ..audit.request import identity_of, load

@@ -83,8 +83,8 @@ def replay(
         options = read_pairs("--model-option", model_option, "revision=main") if model_option else None
         config = config_of(evidence.manifest, model_options=options, **changes)
         require_model(config, evidence.manifest, run)
-        target = _load(config)
         known = _reference(evidence, reference) if any(row.nearest for row in rows) else None
+        target = _load(config)
         with screen.stoppable(), screen.progress("replay") as progress:
             found = compute(
                 evidence,
@@ -118,6 +118,7 @@ def _evidence(path: Path) -> Iterator[Evidence]:
     if os.path.isdir(path) or not os.path.exists(path):
         yield _of_folder(path)
         return
+    from ..records.files import kept_name
     from ..report.archive import Archive
     from ..report.packet import Records
     from ..report.verify import sound_packet
@@ -127,11 +128,13 @@ def _evidence(path: Path) -> Iterator[Evidence]:
         from ..audit.replay import Evidence
 
         records = Records(archive)
-        yield Evidence(path.name, records.manifest, lambda: iter(records), records.thresholds(), records.picture)
+        yield Evidence(
+            kept_name(path.name), records.manifest, lambda: iter(records), records.thresholds(), records.picture
+        )
 
 
 def _of_folder(folder: Path) -> Evidence:
-    from ..records.files import read_regular
+    from ..records.files import folder_name, read_regular
     from ..records.store import Run
     from ..records.thresholds import parse_thresholds
     from ..report.packet import inside
@@ -149,7 +152,7 @@ def _of_folder(folder: Path) -> Evidence:
         except OSError:  # as if it were not there
             return None
 
-    return Evidence(folder.resolve().name, run.manifest, run.rows, thresholds, picture)
+    return Evidence(folder_name(folder), run.manifest, run.rows, thresholds, picture)
 
 
 def _load(config: Any) -> Target:

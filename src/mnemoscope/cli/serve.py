@@ -265,11 +265,15 @@ def _open(
     serving: dict[str, Any],
 ) -> Endpoint:
     """The guarded pipeline with its limits; what is missing is said."""
+    from ..detect.calibrate import Calibration
     from ..models.load import build, open_pipeline
     from ..serve.app import Endpoint
     from ..serve.guard import guard
     from ..serve.schema import calibrated, in_words, limits_of
 
+    chosen: float | Path | Calibration = _threshold(thresholds)
+    if isinstance(chosen, Path):  # before the model is opened, which takes its time
+        chosen = Calibration.load(chosen)
     pipe, origin, recommended = open_pipeline(model, **loading)
     target = build(pipe, origin, **recommended)
     if "height" not in inspect.signature(type(pipe).__call__).parameters:
@@ -287,7 +291,7 @@ def _open(
             f"{model} --prompts ordinary.txt --seeds 1 --seed-mode per-prompt --out runs/ordinary` and give --thresholds runs/ordinary."
         )
     pipe.set_progress_bar_config(disable=True)
-    guarded = guard(pipe, bundled or _threshold(thresholds), name=limits.model, **guarding)
+    guarded = guard(pipe, bundled or chosen, name=limits.model, **guarding)
     narrowed = calibrated(limits, guarded, steps=limiting["steps"])
     if narrowed is not limits:
         size, counts = f"{narrowed.width}x{narrowed.height}", in_words(narrowed.counts)

@@ -27,7 +27,7 @@ from transformers.utils import logging as transformers_logging
 
 from ..errors import CannotAudit, UnknownName, UsageError
 from ..plugins import BUNDLED
-from ..records.files import open_regular
+from ..records.files import folder_name, open_regular
 from .host import Origin
 from .identity import PICKLES, weight_files
 
@@ -68,7 +68,7 @@ def locate(source: str, where: Mapping[str, Any], hub: Mapping[str, Any]) -> tup
         return path, Origin(name=source, source=source)
     path = _local(source)
     if path.exists():
-        return path, Origin(name=path.resolve().name, source=source)
+        return path, Origin(name=folder_name(path), source=source)
     if path.suffix in PICKLES | {".safetensors"} or source[0] in "./~" or source.count("/") > 1:
         raise CannotAudit(f"there is no file or folder {source}; check the path.")
     if not _HUB_ID.fullmatch(source):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import re
 import stat
 from collections.abc import Iterator
 from functools import lru_cache
@@ -18,15 +19,20 @@ from typing import BinaryIO, TextIO
 __all__ = [
     "file_inside",
     "files_below",
+    "folder_name",
     "hash_file",
     "is_file_inside",
+    "kept_name",
     "leads_out",
     "open_inside",
     "open_regular",
     "open_to_append",
     "read_inside",
     "read_regular",
+    "spelled",
 ]
+
+_NOT_KEPT = re.compile(r"[\\\ud800-\udfff]")
 
 _WITHOUT_WAITING = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0) | getattr(os, "O_BINARY", 0)
 
@@ -76,6 +82,31 @@ def open_to_append(path: str | Path) -> TextIO:
     if hasattr(os, "O_NONBLOCK"):
         os.set_blocking(number, True)
     return os.fdopen(number, "a", encoding="utf-8")
+
+
+def spelled(path: str | Path) -> str:
+    r"""A path as a record keeps it: bytes that are no UTF-8 become ``\xNN``."""
+    return _bytes(os.fspath(path)).decode("utf-8", "backslashreplace")
+
+
+def folder_name(folder: str | Path) -> str:
+    """The name of a folder, whatever path leads there, as :func:`kept_name` has it."""
+    return kept_name(Path(folder).resolve().name)
+
+
+def kept_name(name: str) -> str:
+    r"""The name of a file or folder as records and reports keep it: every system can have one that is called so.
+
+    Bytes that are no UTF-8, and backslashes, which separate folders on Windows, become ``_``.
+    """
+    return _NOT_KEPT.sub("_", name)
+
+
+def _bytes(text: str) -> bytes:
+    try:
+        return text.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:  # half a character that stands for no byte
+        return text.encode("utf-8", "backslashreplace")
 
 
 def leads_out(folder: str | Path, path: str | Path) -> bool:

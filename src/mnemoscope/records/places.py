@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 from ..errors import UsageError
+from .files import spelled
 from .store import short
 
 __all__ = [
@@ -150,18 +151,6 @@ def require_utf8(value: Any, what: str) -> None:
                 f"{what} is {_shown(spelled(value))}, whose bytes are no UTF-8, so no record could keep it; rename the file, or write "
                 f"the text in UTF-8."
             ) from None
-
-
-def spelled(path: str | Path) -> str:
-    r"""A path as a record keeps it: bytes that are no UTF-8 become ``\xNN``."""
-    return _bytes(os.fspath(path)).decode("utf-8", "backslashreplace")
-
-
-def _bytes(text: str) -> bytes:
-    try:
-        return text.encode("utf-8", "surrogateescape")
-    except UnicodeEncodeError:  # half a character that stands for no byte
-        return text.encode("utf-8", "backslashreplace")
 
 
 def _nearest(path: Path, kind: Kind, spare: int = 0) -> Path:

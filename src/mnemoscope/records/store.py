@@ -30,7 +30,7 @@ from pydantic import BaseModel, ValidationError
 from ..errors import RunError
 from ..parsing import LONGEST_LINE, ParseError, parse_json
 from .documents import read_json
-from .files import files_below, open_inside, read_inside
+from .files import files_below, folder_name, open_inside, read_inside
 from .ids import digest, sample_id
 from .schema import FORMAT, Manifest, Row
 from .tally import Count, Tally, rounding_of, same_values
@@ -308,7 +308,7 @@ class Run:
         if images and len(measured) == 1:
             _copy(measured[0].parent, MEASURES, merged.folder)
         elif len(measured) > 1:
-            where = ", ".join(folder.parent.resolve().name for folder in measured)
+            where = ", ".join(folder_name(folder.parent) for folder in measured)
             notes.append(f"Several parts have measured pictures ({where}); they were left where they are.")
         merged.update(status="done" if tally.complete else "incomplete", notes=[*notes, *tally.notes])
         return merged

@@ -11,6 +11,7 @@ from typing import Any
 
 from ..errors import UnknownName, UsageError
 from ..plugins import installed
+from ..records.files import folder_name
 from ..records.store import Run, differences
 from .findings import Finding
 from .summary import Summary, read_summary
@@ -109,7 +110,7 @@ def read_audited(folders: Sequence[Path], detectors: Collection[str] = (), clust
     by_key = {name: {_key(f): f for f in s.findings} for name, s in scored.items() if s is not None}
     family = clusters([f.prompt for f in found]) if clusters and found else range(len(found))
     return Audited(
-        name=" + ".join(f.resolve().name for f in folders),
+        name=" + ".join(folder_name(f) for f in folders),
         status=base.status,
         asked=base.tally.asked,
         done=base.tally.ok,

@@ -9,6 +9,7 @@ from typing import Any
 from markupsafe import Markup
 
 from ..errors import UsageError
+from ..records.files import folder_name
 from ..records.measures import NAME, Measures
 from ..records.store import write_whole
 from . import measured, plots
@@ -83,7 +84,7 @@ def _facts(folder: Folder, levels: Folder | None) -> dict[str, Any]:
     return {
         "measures": found,
         "request": request,
-        "name": Path(folder).resolve().name,
+        "name": folder_name(folder),
         "headline": measured.headline(found),
         "levels": known,
         "untested": measured.untested(found, known),

@@ -29,7 +29,7 @@ from pydantic import BaseModel, ValidationError
 
 from ..errors import RunError, UsageError
 from ..parsing import ParseError, parse_json
-from ..records.files import file_inside
+from ..records.files import file_inside, folder_name
 from ..records.measures import NAME, Entry, Measures, Request, kept_files, measured_with
 from ..records.schema import FORMAT as MEASURES_FORMAT
 from ..records.schema import Manifest, Nearest, Row, Thresholds
@@ -412,7 +412,7 @@ def _in_order(folders: list[Path]) -> list[Path]:
 
     def place(folder: Path) -> tuple[int, str]:
         shard = str(Run(folder).manifest.config.get("shard") or "").partition("/")[0]
-        return int(shard) if shard.isdecimal() else -1, folder.resolve().name
+        return int(shard) if shard.isdecimal() else -1, folder_name(folder)
 
     return sorted(folders, key=place)
 
@@ -467,7 +467,7 @@ def _write(half: Path, path: Path, folder: Path, given: Sequence[Path], images: 
 
 
 def _name(given: Sequence[Path]) -> str:
-    first = given[0].resolve().name
+    first = folder_name(given[0])
     return first if len(given) == 1 else f"{first} and {len(given) - 1} more"
 
 
@@ -491,7 +491,7 @@ def _part(folder: Path) -> dict[str, Any]:
     judged_by = [f for pattern in JUDGED_BY for f in folder.glob(pattern)]
     files = [folder / "run.json", *run.files(), *judged_by]
     return {
-        "folder": folder.resolve().name,
+        "folder": folder_name(folder),
         "shard": run.manifest.config.get("shard"),
         **run.manifest.model_dump(mode="json", include=KEPT_OF_PART),
         "files": {f.name: sha256_file(f) for f in sorted(files)},

@@ -17,7 +17,7 @@ import numpy as np
 from pydantic import ValidationError
 
 from ..errors import RunError, UsageError
-from ..records.files import read_inside
+from ..records.files import folder_name, read_inside
 from ..records.schema import Manifest, Row, Thresholds
 from ..records.store import Run, first_error
 from ..records.table import prompt_scores
@@ -257,7 +257,7 @@ def read_summary(folder: str | Path, *, detector: str | None = None, separate: b
     run = Run(folder)
     thresholds = read_part(run.folder / "thresholds.json", parse_thresholds)
     baseline = read_part(run.folder / "controls.json", Baseline.parse)
-    name = run.folder.resolve().name
+    name = folder_name(run.folder)
     return summarize(
         _Rows(run), run.manifest, thresholds, baseline, detector=detector, name=name, separate=separate, differing=run.differing()
     )  # fmt: skip

@@ -43,6 +43,7 @@ from ..records.once import compute_once
 from ..records.places import require_utf8
 from ..records.schema import Record
 from ..records.store import (
+    deleted,
     explained,
     first_error,
     locked,
@@ -353,8 +354,22 @@ class IndexFolder:
         path, cure = self.folder / MANIFEST, "build the index anew in another folder"
         return read_document(path, IndexManifest, FORMAT, missing, "no index", cure, folder=self.folder)
 
+    def require_there(self) -> None:
+        """Refuse to write where the manifest that was opened is no longer there.
+
+        Raises:
+            RunError: somebody deleted it, and what was written with it.
+        """
+        if not os.path.lexists(self.folder / MANIFEST):
+            raise deleted(self.folder)
+
     def update(self, **changes: Any) -> None:
-        """Change fields of the manifest on disk."""
+        """Change fields of the manifest on disk.
+
+        Raises:
+            RunError: the manifest was deleted, or is damaged, since this object was made.
+        """
+        self.require_there()
         self.manifest = self._read_manifest()
         self.manifest = IndexManifest.model_validate(self.manifest.model_dump() | changes)
         _save(self.folder, self.manifest)
@@ -749,6 +764,7 @@ class IndexWriter:
 
     def __enter__(self) -> IndexWriter:
         with ExitStack() as held:
+            self.index.require_there()  # a lock would make its folder anew
             held.enter_context(locked(self.index.folder / ".lock"))
             self.index.refresh()  # another process may have written it before we had the lock
             self._take_stock()

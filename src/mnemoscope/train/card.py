@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from .. import redaction
 from ..records.canaries import Reading
+from ..records.files import folder_name
 from ..records.store import write_whole
 from .data import TrainingSet
 from .protect import Split
@@ -45,7 +46,7 @@ def write_card(prepared: Prepared, trained: Trained, readings: Sequence[Reading]
     """``README.md`` of the folder, with a section on memorization."""
     parts = [
         _front(prepared),
-        f"# {prepared.folder.resolve().name}",
+        f"# {folder_name(prepared.folder)}",
         _training(prepared, trained, processes, command),
         "## Memorization",
         _protection(prepared),
