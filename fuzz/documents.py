@@ -12,6 +12,7 @@ import zlib
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from .changes import (
     change_bytes,
@@ -281,9 +282,21 @@ def _is_lawful(content: bytes, original: bytes) -> bool:
         document, was = json.loads(content), json.loads(original)
         follows = stats.threshold_at_fpr(document["scores"], document["fpr"], confidence=document["confidence"]).value
         near = math.isclose(follows, document["threshold"], rel_tol=1e-9)
-        return near and 0 < document["fpr"] < 1 and document["setting"] == was["setting"] and not stands_twice(content)
+        return (
+            near
+            and 0 < document["fpr"] < 1
+            and _stated(document["setting"]) == _stated(was["setting"])
+            and not stands_twice(content)
+        )
     except Exception:  # what cannot be computed is not lawful
         return False
+
+
+def _stated(setting: Any) -> Any:
+    """A setting without what it leaves open: null, and no such key, are the same."""
+    if isinstance(setting, dict):
+        return {key: _stated(value) for key, value in setting.items() if value is not None}
+    return [_stated(value) for value in setting] if isinstance(setting, list) else setting
 
 
 def try_policy(honest: Honest, t: Try) -> None:
@@ -416,8 +429,8 @@ def try_measures(honest: Honest, t: Try) -> None:
     outcome = t.run("report", "measure", "--format", form, "--out", "made")
     if outcome.code != 0:
         return
-    if content is not None and file.suffix == ".json" and stands_twice(content):
-        t.blame("wrongly accepted", "report: a key stands twice")
+    if content is not None and file.suffix == ".json" and file.parent.name != "companions" and stands_twice(content):
+        t.blame("wrongly accepted", "report: a key stands twice")  # companions are opened by `measure` alone
 
 
 KINDS = (

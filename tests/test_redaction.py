@@ -100,6 +100,11 @@ def test_secrets_that_are_known_are_found_by_their_value(monkeypatch):
     assert text(said) == " ".join([NOT_KEPT] * 5) + " short"
 
 
+def test_a_secret_may_have_bytes_that_are_no_text():
+    remember({"token": "\udcffsecret-of-odd-bytes"})
+    assert text("it is \udcffsecret-of-odd-bytes here") == f"it is {NOT_KEPT} here"
+
+
 def test_the_errors_that_users_read_quote_no_secret():
     error = UsageError("detector x does not take {'api_key': 'abc'} (https://a:b@h)")
     assert str(error) == "detector x does not take {'api_key': (not kept)} (https://(not kept)@h)"

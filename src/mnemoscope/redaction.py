@@ -214,7 +214,7 @@ def _of_environment(variables: tuple[tuple[str, str], ...]) -> set[str]:
 
 def _spellings(secrets: Iterable[str]) -> set[str]:
     """Secrets that are long enough to be looked for, also as they stand in an address."""
-    written = {spelling for s in secrets for spelling in (s, quote(s, safe=""), unquote(s))}
+    written = {spelling for s in secrets for spelling in (s, quote(s, safe="", errors="surrogateescape"), unquote(s))}
     return {s for s in written if len(s) >= SHORTEST and s != NOT_KEPT}
 
 

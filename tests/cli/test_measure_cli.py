@@ -10,7 +10,7 @@ from PIL import Image
 
 from mnemoscope.audit.companions import Screen, compared
 from mnemoscope.audit.measures import Picture, measured, pictures_in
-from mnemoscope.errors import CannotAudit, UsageError
+from mnemoscope.errors import CannotAudit, RunError, UsageError
 from mnemoscope.measure.base import build
 from mnemoscope.measure.denoising_loss import DenoisingLoss
 from mnemoscope.measure.invmm import InvMM, varied
@@ -76,6 +76,30 @@ def test_a_kill_loses_nothing_but_the_running_batch(world, folder, tmp_path):
         assert a.id == b.id
         assert a.result["update"] == b.result["update"]
         assert a.result["paid"] == pytest.approx(b.result["paid"], rel=1e-3)
+
+
+DAMAGES = (
+    b"{",
+    b"[]",
+    b"{}",
+    b'{"value": 1, "value": 2}',
+    b'{"id": "x", "name": "flipd", "value": "x", "options": {}}',
+)
+
+
+@pytest.mark.parametrize("kind", ["pictures", "companions"])
+def test_what_was_kept_and_is_damaged_is_named(world, folder, tmp_path, kind):
+    pictures, out = pictures_in([folder / "0.png"]), tmp_path / "out"
+    cheap = [DenoisingLoss(draws=2)]
+    (whole,) = measured(method(world), pictures, out, companions=cheap)
+    assert measured(method(world), pictures, out, companions=cheap) == [whole]
+    (file,) = (out / kind).glob("*.json")
+    for damage in DAMAGES:
+        file.write_bytes(damage)
+        with pytest.raises(RunError, match=f"{file.name} (cannot be read|is no|is of)"):
+            measured(method(world), pictures, out, companions=cheap)
+    file.unlink()
+    assert measured(method(world), pictures, out, companions=cheap) == [whole]
 
 
 def test_another_setting_overwrites_nothing(world, folder, tmp_path):

@@ -340,12 +340,16 @@ def test_logs_of_a_guard(tmp_path):
     log.write_text(text + '{"name": "a", "sco')
     found = read_log(log)
     assert (found.scores, found.times, found.names) == ([1.5, 2.5], {981.0}, {"a"})
-    for bad in ("{", "3", '{"name": "a"}', '{"name": "a", "score": "high", "t": 1}'):
+    nameless = '{"name": [1], "score": 1.0, "t": 1.0}'
+    for bad in ("{", "3", '{"name": "a"}', '{"name": "a", "score": "high", "t": 1}', nameless, '"' + "x" * (16 << 20)):
         log.write_text(f"{text}{bad}\n{text}")
-        with pytest.raises(UsageError, match=r"line 5 is not a guard's"):
+        with pytest.raises(UsageError, match=r"line 5 (is not a guard's|has more than 16,777,216 bytes)"):
             read_log(log)
     with pytest.raises(UsageError, match="cannot be read"):
         read_log(tmp_path / "none.jsonl")
+    os.truncate(log, 6 << 30)
+    with pytest.raises(UsageError, match="has more than 16,777,216 bytes"):
+        read_log(log)
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no pipes")

@@ -582,6 +582,23 @@ def test_keys_come_from_a_file_or_the_environment(tmp_path, monkeypatch):
             api_key(file)
     with pytest.raises(UsageError, match="cannot be read"):
         api_key(tmp_path / "nowhere")
+    with pytest.raises(UsageError, match="cannot be read"):
+        api_key(tmp_path)
+    file.write_text("x" * 5000)
+    with pytest.raises(UsageError, match="has more than 4,096 characters"):
+        api_key(file)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no pipes")
+def test_a_key_may_come_through_a_pipe_that_somebody_writes(tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with pytest.raises(UsageError, match="is empty"):
+        api_key(pipe)
+    number = os.open(pipe, os.O_RDWR | os.O_NONBLOCK)
+    os.write(number, b"from-a-pipe\n")
+    threading.Timer(0.2, os.close, [number]).start()
+    assert api_key(pipe) == "from-a-pipe"
 
 
 REFUSED = {

@@ -8,6 +8,7 @@ import json
 import threading
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -708,6 +709,19 @@ def test_log_lines(sd):
     assert all(line["seconds"] > 0 for line in lines)
     assert "cat" not in written.getvalue()
     assert all(d.prompt is None for d in guarded.last)
+
+
+@pytest.mark.parametrize("kind", [str, Path])
+def test_a_log_may_be_the_path_of_a_file(sd, tmp_path, kind):
+    file = tmp_path / "guard.jsonl"
+    file.write_text("earlier\n")
+    guarded = guard(sd, 1e9, log=kind(file))
+    generate(guarded)
+    earlier, *lines = file.read_text().splitlines()
+    assert earlier == "earlier"
+    assert [json.loads(line)["score"] for line in lines] == [d.score for d in guarded.last]
+    with pytest.raises(UsageError, match=r"the log .* cannot be written .*; name a file in a folder that exists"):
+        guard(sd, 1e9, log=kind(tmp_path / "nowhere" / "guard.jsonl"))
 
 
 def test_prompts_are_kept_on_request_only(sd):

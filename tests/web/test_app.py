@@ -528,6 +528,8 @@ def test_others_need_a_token(runs, host):
         create_app(runs, host=host)
     with pytest.raises(UsageError, match="the token is empty"):
         create_app(runs, host=host, token=" ")
+    with pytest.raises(UsageError, match="the token has bytes that are no UTF-8"):
+        create_app(runs, host=host, token="\udcff")
     create_app(runs, host=host, token="a-long-word")
 
 

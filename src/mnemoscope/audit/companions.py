@@ -12,15 +12,18 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
+
+from pydantic import BaseModel
 
 from ..bounds import AMOUNT, COUNT, PART, within
-from ..errors import CannotAudit
+from ..errors import CannotAudit, RunError
 from ..measure.base import Measure, spec_of
 from ..models.base import Target
-from ..records.documents import read_json
+from ..parsing import through_json
 from ..records.places import spelled
-from ..records.store import OutFolder, digest, write_whole
+from ..records.schema import FORMAT, Finite
+from ..records.store import OutFolder, digest, read_document, write_whole
 from .pictures import Picture, opened, picture_bytes, size_of
 
 __all__ = ["Screen", "Values", "compared", "require_no_captions"]
@@ -110,7 +113,7 @@ def compared(
             if progress is not None:
                 progress(measure.name, len(pictures) - len(missing) + start + len(rows), len(pictures))
         for values_of, file in zip(found, files, strict=True):
-            values_of[measure.name] = read_json(file)["value"]
+            values_of[measure.name] = _kept_value(file, measure)
     return found
 
 
@@ -123,6 +126,29 @@ def require_no_captions(target: Target, pictures: Sequence[Picture]) -> None:
     told = [p for p in pictures if p.caption is not None]
     if told and not target.has_text:
         raise CannotAudit(f"{target.name} takes no text, and {told[0].file.name} has a caption; leave captions out.")
+
+
+class _Kept(BaseModel):
+    """What a file of ``companions/`` says, as far as it is read."""
+
+    name: str
+    options: dict[str, Any]
+    value: Finite | None
+
+
+def _kept_value(file: Path, measure: Measure) -> float | None:
+    """The value in a file.
+
+    Raises:
+        RunError: it is damaged, or of another measure.
+    """
+    cure = "remove it, and its value is measured again"
+    kept = read_document(
+        file, _Kept, FORMAT, f"{file} is gone; start again.", "no value of a measure", cure, folder=file.parent
+    )
+    if through_json(spec_of(measure)) != {"name": kept.name, "options": kept.options}:
+        raise RunError(f"{file} is of another measure than {measure.name}; {cure}.")
+    return kept.value
 
 
 def _keep(file: Path, measure: Measure, picture: Picture, value: float) -> None:

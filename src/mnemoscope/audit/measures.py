@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,11 @@ from safetensors.torch import save as save_tensors
 
 from .. import redaction
 from ..bounds import COUNT, within
-from ..errors import RunError
 from ..measure.base import Measure, spec_of
 from ..measure.invmm import Course, InvMM, Stored
 from ..parsing import through_json
 from ..records.documents import read_json
-from ..records.measures import NAME
+from ..records.measures import NAME, Result, read_entry
 from ..records.places import spelled
 from ..records.store import OutFolder, digest, locked, write_whole
 from .companions import Screen, Values, compared, require_no_captions
@@ -68,6 +68,13 @@ class Measured:
         if self.status == OUT:
             return math.nan
         return math.inf if self.result["score"] is None else float(self.result["score"])
+
+
+KEPT = frozenset(f.name for f in fields(Measured))
+"""Keys of what is kept of a picture."""
+
+NO_RESULT = Result().model_dump()
+"""What stands for numbers that a result lacks."""
 
 
 @within(batch_size=COUNT)
@@ -216,10 +223,14 @@ def _write(folder: Path, m: Measured) -> None:
 
 
 def _read(file: Path) -> Measured | None:
-    try:
-        facts = read_json(file, file.parent)
-    except FileNotFoundError:
+    """What is kept of a picture; None: nothing yet.
+
+    Raises:
+        RunError: it is damaged.
+    """
+    if not os.path.exists(file):
         return None
-    except OSError as e:
-        raise RunError(f"{file} cannot be read ({e.strerror or e}); delete it, and it is measured again.") from None
-    return Measured(**facts | {"result": facts["result"] or {}})
+    read_entry(file.parent, file)
+    facts = {key: value for key, value in read_json(file, file.parent).items() if key in KEPT}
+    result = facts.get("result")
+    return Measured(**facts | {"caption": facts.get("caption"), "result": {} if result is None else NO_RESULT | result})

@@ -17,7 +17,7 @@ from typing import Any, Literal
 import torch
 
 from .. import redaction
-from ..bounds import RATE, within
+from ..bounds import LONGEST, RATE, within
 from ..detect.base import AnyDetector
 from ..detect.calibrate import Calibration, read_log
 from ..detect.magnitude import Magnitude
@@ -250,7 +250,7 @@ def calibrate_on_log(
     t = float(target.schedule(config.steps).timesteps[0])
     if len(found.names) > 1:
         raise UsageError(
-            f"{log} was written by several guards ({', '.join(sorted(found.names))}); give one file for each model."
+            f"{log} was written by several guards ({_in_short(found.names)}); give one file for each model."
         )
     if other := sorted(found.times - {t}):
         raise UsageError(
@@ -262,6 +262,12 @@ def calibrate_on_log(
         source=f"{len(found.scores)} generations in {Path(log).name}",
     )  # fmt: skip
     return made.save(folder / "thresholds.json"), made
+
+
+def _in_short(names: set[str]) -> str:
+    """Names as a sentence repeats them, however many and however long they are."""
+    some = [name if len(name) <= LONGEST else f"{name[:LONGEST]}…" for name in sorted(names)[:5]]
+    return ", ".join(some) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 class Session:

@@ -33,6 +33,8 @@ log = logging.getLogger(__name__)
 
 PORT = 7349
 KEY = "MNEMOSCOPE_API_KEY"
+LONGEST_KEY = 1 << 12
+"""Characters of a key: servers take no longer header."""
 ON_HIT = ("observe", "mitigate", "refuse")
 ON_ERROR = ("open", "closed")
 
@@ -192,15 +194,29 @@ def api_key(file: Path | None) -> str | None:
     else:
         source = str(file)
         try:
-            key = file.read_text("utf-8")
+            key = _start_of(file).decode("utf-8")
         except (OSError, UnicodeError) as e:
             raise UsageError(f"--api-key-file {file} cannot be read ({e}); give a file with one line, the key.") from e
+    if len(key) > LONGEST_KEY:
+        raise UsageError(f"the key in {source} has more than {LONGEST_KEY:,} characters; give one long random word.")
     key = key.strip()
     if not key or not key.isascii() or not key.isprintable() or " " in key:
         raise UsageError(
             f"the key in {source} is empty or has other than ASCII characters without spaces; give a long random word."
         )
     return key
+
+
+def _start_of(file: Path) -> bytes:
+    """As much as a key can have, of a file or of a pipe that somebody writes; nobody is waited for who never comes."""
+    number = os.open(file, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+    try:
+        if hasattr(os, "O_NONBLOCK"):
+            os.set_blocking(number, True)
+        with os.fdopen(number, "rb", closefd=False) as content:
+            return content.read(LONGEST_KEY + 1)
+    finally:
+        os.close(number)
 
 
 def gated(endpoint: Endpoint, host: str, key: str | None) -> ASGIApp:

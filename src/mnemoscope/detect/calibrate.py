@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,9 +24,9 @@ from numpy import ndarray
 from .. import redaction, stats
 from ..errors import UsageError
 from ..models.identity import PROVENANCE, plain
-from ..parsing import parse_json
+from ..parsing import LONGEST_LINE, parse_json
 from ..records.documents import LARGEST
-from ..records.files import read_inside, read_regular
+from ..records.files import open_regular, read_inside, read_regular
 from ..records.schema import Thresholds
 from ..records.store import differences, write_whole
 from ..records.thresholds import parse_thresholds, rounding_under
@@ -304,22 +304,42 @@ def read_log(path: str | Path) -> Logged:
         UsageError: it cannot be read, or a line is not a guard's.
     """
     path = Path(path)
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as e:
-        raise UsageError(f"{path} cannot be read ({e}); give the log that a guard wrote (guard(…, log=…)).") from None
     scores, times, names = [], set(), set()
-    for number, line in enumerate(lines[:-1], start=1):
+    for number, line in _log_lines(path):
         try:
             row = parse_json(line)
             # A line that takes back what a decision said stands beside the decision.
             if row["score"] is not None and not row.get("amended"):
                 scores.append(_finite(row["score"]))
                 times.add(_finite(row["t"]))
-                names.add(str(row["name"]))
+                names.add(_name(row["name"]))
         except (ValueError, KeyError, TypeError):
-            raise UsageError(f"{path}, line {number} is not a guard's: {line[:60]!r}; leave it out.") from None
+            start = line[:60].decode("utf-8", errors="replace")
+            raise UsageError(f"{path}, line {number} is not a guard's: {start!r}; leave it out.") from None
     return Logged(scores, times, names)
+
+
+def _log_lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """Lines that are finished, with their numbers; one is in memory at a time, and no more of it than a line of a guard can have."""
+    try:
+        with open_regular(path) as file:
+            number = 0
+            while line := file.readline(LONGEST_LINE + 1):
+                number += 1
+                if len(line) > LONGEST_LINE:
+                    raise UsageError(f"{path}, line {number} has more than {LONGEST_LINE:,} bytes; leave it out.")
+                if line.endswith(b"\n"):
+                    yield number, line
+    except OSError as e:
+        raise UsageError(
+            f"{path} cannot be read ({e.strerror or e}); give the log that a guard wrote (guard(…, log=…))."
+        ) from None
+
+
+def _name(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError("no name")
+    return value
 
 
 def _finite(value: Any) -> float:

@@ -41,6 +41,7 @@ __all__ = [
     "keep_levels",
     "kept_files",
     "measured_with",
+    "read_entry",
     "read_request",
     "target_file",
 ]
@@ -277,7 +278,7 @@ class Measures:
         else:
             every = (folder / "pictures" / f"{name}.json" for name in request.asked)
             files = [file for file in every if file.exists()]
-        return cls.of(folder, request, (_entry(folder, file) for file in files))
+        return cls.of(folder, request, (read_entry(folder, file) for file in files))
 
     @classmethod
     def of(cls, folder: Path, request: Request, entries: Iterable[Entry]) -> Measures:
@@ -379,7 +380,12 @@ def _request(path: Path, missing: str, folder: Path | None = None) -> Request:
     return read_document(path, Request, FORMAT, missing, "no record of measured pictures", cure, folder=folder)
 
 
-def _entry(folder: Path, path: Path) -> Entry:
+def read_entry(folder: Path, path: Path) -> Entry:
+    """What is kept of one picture.
+
+    Raises:
+        RunError: it is missing or damaged, or leads out of the folder.
+    """
     gone = f"{path} is missing; the same `mnemoscope measure` measures this picture again."
     cure = "delete it, and the same `mnemoscope measure` measures this picture again"
     return read_document(path, Entry, FORMAT, gone, "no result of a picture", cure, folder=folder)

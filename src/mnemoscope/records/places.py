@@ -34,6 +34,9 @@ Kind: TypeAlias = Literal["file", "folder", "file or folder"]
 LONGEST_NAME = 255
 """Bytes of a name where the file system does not say."""
 
+MOST_NEW_FOLDERS = 100
+"""Folders that are made for one place; each is made by a call within the call for the one below it."""
+
 LONGEST_SHOWN = 80
 """Characters of a path in a sentence."""
 
@@ -168,6 +171,11 @@ def _nearest(path: Path, kind: Kind, spare: int = 0) -> Path:
         if there == there.parent:  # a working directory that was deleted
             break
         there = there.parent
+    if len(missing) > MOST_NEW_FOLDERS:
+        raise UsageError(
+            f"{_shown(path)} cannot be written ({len(missing):,} folders would have to be made for it, and at most "
+            f"{MOST_NEW_FOLDERS} are); choose a shorter path."
+        )
     longest = _longest_name(there)
     names = [*missing, path.name] if spare else missing
     if any(len(os.fsencode(name)) + (spare if name == path.name else 0) > longest for name in names):

@@ -66,10 +66,14 @@ class Requires(_Section):
     """The run has a threshold, made under its own setting."""
 
 
+LONGEST_NAME = 500
+"""Characters of a rule's name, which stands in every sentence about it."""
+
+
 class Rule(_Section):
     """One limit on one number."""
 
-    name: str = Field(min_length=1)
+    name: str = Field(min_length=1, max_length=LONGEST_NAME)
     """How verdicts call it."""
     metric: str
     """``copies.share`` or ``copies.count`` (prompts with a copy found in any seed), ``detect.NAME.share`` or
@@ -288,5 +292,5 @@ def _place(path: list[Any], content: dict[str, Any]) -> str:
     if path[0] in ("rules", "waivers") and len(path) > 1 and isinstance(path[1], int):
         item = content[path[0]][path[1]]
         named = next((item[k] for k in ("name", "id") if isinstance(item, dict) and k in item), None)
-        return f"{path[0].removesuffix('s')} {path[1] + 1}" + (f" ({named!r})" if named is not None else "")
+        return f"{path[0].removesuffix('s')} {path[1] + 1}" + (f" ({short(repr(named))})" if named is not None else "")
     return "requires" if path[0] == "requires" and len(path) > 1 else "the policy"

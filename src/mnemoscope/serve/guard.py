@@ -41,6 +41,7 @@ from ..models.base import Condition, Target
 from ..models.identity import plain
 from ..models.sampling import same_where
 from ..models.steer import Call, Order, frozen, steer, target_around
+from ..records.files import open_to_append
 from ..types import Latents, PerSample
 from .drift import LEAST, Drift, Look
 from .metrics import Metrics
@@ -126,7 +127,7 @@ def guard(
     on_hit: Policy = "observe",
     mitigation: str | Mapping[str, Any] | Mitigation = "prompt",
     on_error: str = "open",
-    log: Stream | Callable[[str], object] | None = None,
+    log: Stream | Callable[[str], object] | str | Path | None = None,
     log_prompts: bool = False,
     metrics: Metrics | None = None,
     name: str = "",
@@ -147,7 +148,7 @@ def guard(
             scores, or at half of a bare threshold.
         on_error: ``open``: where the guard itself fails the generation passes, counted; ``closed``: it ends with
             :class:`GuardError`.
-        log: Gets one JSON line per decision: a writable text stream, or a callable.
+        log: Gets one JSON line per decision: a writable text stream, a callable, or the path of a file that lines are added to.
         log_prompts: Keep prompts in decisions and log lines; without it their text goes nowhere.
         metrics: Shared with other guards; default: its own.
         name: What metrics and log call this guard.
@@ -155,7 +156,7 @@ def guard(
         drift: Compares passed scores with the calibration's; True: with the defaults of :class:`~mnemoscope.serve.drift.Drift`.
 
     Raises:
-        UsageError: an argument makes no sense, or the calibration does not fit this pipeline.
+        UsageError: an argument makes no sense, the log cannot be written, or the calibration does not fit this pipeline.
         CannotAudit: this pipeline cannot be guarded, or not in this way.
     """
     return Guard(
@@ -181,7 +182,7 @@ class Guard:
         on_hit: Policy = "observe",
         mitigation: str | Mapping[str, Any] | Mitigation = "prompt",
         on_error: str = "open",
-        log: Stream | Callable[[str], object] | None = None,
+        log: Stream | Callable[[str], object] | str | Path | None = None,
         log_prompts: bool = False,
         metrics: Metrics | None = None,
         name: str = "",
@@ -203,7 +204,7 @@ class Guard:
         self.metrics = Metrics() if metrics is None else metrics
         self.metrics.attached(name, self.threshold)
         self.drift = self._watcher(drift)
-        self._log, self._log_prompts = log, log_prompts
+        self._log, self._log_prompts = _file_at(log) if isinstance(log, (str, Path)) else log, log_prompts
         self._writing, self._local = threading.Lock(), threading.local()
 
     @property
@@ -363,6 +364,26 @@ class Guard:
     def text_of(self, order: Order | None, row: int) -> str | None:
         """The prompt of a row, if it may be kept."""
         return order.prompts[row] if self._log_prompts and order is not None and order.prompts is not None else None
+
+
+def _file_at(path: str | Path) -> Callable[[str], object]:
+    """What adds lines to a file. It is opened for each, so that it may be moved away meanwhile.
+
+    Raises:
+        UsageError: it cannot be written.
+    """
+
+    def add(line: str) -> None:
+        with open_to_append(path) as file:
+            file.write(line)
+
+    try:
+        add("")
+    except OSError as e:
+        raise UsageError(
+            f"the log {path} cannot be written ({e.strerror or e}); name a file in a folder that exists."
+        ) from None
+    return add
 
 
 def _in_place(mitigation: str | Mapping[str, Any] | Mitigation, pipe: Any) -> Mitigation:

@@ -79,6 +79,8 @@ def hosts(host: str, token: str | None, variable: str = TOKEN) -> frozenset[str]
     """
     if token is not None and not token.strip():
         raise UsageError("the token is empty; give a long random one, or none to be reachable from this machine only.")
+    if token is not None and re.search("[\ud800-\udfff]", token):
+        raise UsageError("the token has bytes that are no UTF-8, which no browser can send; give a long random one.")
     if is_loopback(host):
         return LOOPBACK | {host}
     if token is None:
