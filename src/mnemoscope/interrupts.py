@@ -13,7 +13,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-__all__ = ["begin_loading", "came", "end_loading", "loading", "take", "take_terminate"]
+__all__ = ["begin_loading", "came", "end_loading", "ignore", "loading", "take", "take_terminate"]
 
 STOPPED = 130
 """Exit code of a command that was stopped by Ctrl-C: 128 and the signal's number."""
@@ -61,6 +61,13 @@ def loading() -> Iterator[None]:
 def came() -> bool:
     """Whether Ctrl-C came: whatever error follows it comes of it."""
     return _came
+
+
+def ignore() -> None:
+    """From now on this process only ends: Python's own end takes its time, and would let a signal that comes then decide the exit code."""
+    if signal.getsignal(signal.SIGINT) is _interrupt:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)
 
 
 def _interrupt(number: int, frame: object) -> None:

@@ -303,6 +303,14 @@ def test_a_file_that_is_not_there(file, tmp_path: Path) -> None:
     assert "is a folder" in refused(tmp_path)
 
 
+@pytest.mark.parametrize("ending", ["txt", "csv", "tsv", "json", "jsonl"])
+def test_a_list_larger_than_memory_is_refused_by_its_size(tmp_path: Path, ending: str) -> None:
+    path = tmp_path / f"p.{ending}"
+    with path.open("wb") as content:
+        content.truncate(6 << 30)
+    assert "it has 6,442,450,944 bytes, and the limit is 1,073,741,824" in refused(path)
+
+
 # Lists
 
 

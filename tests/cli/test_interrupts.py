@@ -107,6 +107,17 @@ def test_sigterm_ends_a_server_with_0(taken):
         assert (end.value.code, taken) == (0, ends)
 
 
+def test_whoever_ends_already_is_not_ended_otherwise(taken):
+    interrupts.ignore()
+    interrupts.begin_loading()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.raise_signal(number)
+    assert taken == []
+    signal.signal(signal.SIGINT, before := signal.default_int_handler)
+    interrupts.ignore()  # as in a program that uses mnemoscope as a library
+    assert signal.getsignal(signal.SIGINT) is before
+
+
 def test_a_model_is_opened_within_a_span_that_ends_at_once(monkeypatch):
     from mnemoscope.models import sources
     from mnemoscope.models.load import open_pipeline

@@ -75,6 +75,8 @@ def refused(folder: Path, sentence: str, **options: object) -> str:
         ("unet", ["diffusers", "UNet2DConditionModel", "more"]),
         ("unet", {"stranger": 0, "Network": 1}),
         ("unet", "ab"),
+        ("unet", []),
+        ("more", []),
         ("unet", None),
         ("text_encoder", ["transformers", "AutoModel"]),
         ("text_encoder", ["transformers", "CLIPVisionModel"]),

@@ -11,7 +11,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from mnemoscope.errors import CannotAudit
+from mnemoscope.audit.check import check
+from mnemoscope.errors import CannotAudit, ModelFault
 from mnemoscope.models import folders, spelling
 from mnemoscope.models.load import load
 from mnemoscope.plugins import BUNDLED
@@ -61,6 +62,7 @@ def growth(count: int, content: str = "aa") -> dict[str, object]:
         ),
         ("text_encoder/config.json", {"_attn_implementation_internal": "stranger/kernels"}, "names code of its own"),
         ("text_encoder/config.json", {"attn_implementation": {"": {"": "stranger/kernels"}}}, "names code of its own"),
+        ("text_encoder/config.json", {"layer_norm_eps": 1825}, "could not be opened: .*layer_norm_eps.*1825"),
         ("tokenizer/tokenizer_config.json", {"vocab_file": "/etc/hostname"}, "vocab_file is .* files beside it"),
         ("tokenizer/tokenizer_config.json", {"merges_file": "../merges.txt"}, "merges_file is .* files beside it"),
         ("tokenizer/tokenizer_config.json", {"fast_tokenizer_files": ["tokenizer.4.0.json/../x"]}, "files beside it"),
@@ -192,3 +194,18 @@ def test_metadata_that_peft_writes_are_taken(tmp_path):
     settings = {k: list(v) if isinstance(v, set) else v for k, v in config.to_dict().items()}
     file = lora(tmp_path / "lora.safetensors", **settings)
     assert load(DEMO, lora=file).identity()["fingerprint"]
+
+
+@pytest.mark.parametrize(
+    ("file", "settings", "reason"),
+    [
+        ("unet/config.json", {"norm_eps": "x"}, "TypeError"),
+        ("unet/config.json", {"freq_shift": [1]}, "TypeError"),
+        ("unet/config.json", {"downsample_padding": 7}, "RuntimeError"),
+        ("tokenizer/tokenizer_config.json", {"eos_token": "<|endofte>"}, "IndexError"),
+    ],
+)
+def test_settings_that_only_a_computation_looks_at_end_in_a_sentence(folder, file, settings, reason):
+    edit(folder / file, **settings)
+    with pytest.raises(ModelFault, match=rf"cannot be computed with \({reason}: .*download or copy it again"):
+        check(load(folder), "a cat", seeds=1, steps=2)

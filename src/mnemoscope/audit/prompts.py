@@ -23,8 +23,12 @@ from typing import Any
 from ..bounds import shown
 from ..errors import UsageError
 from ..parsing import ParseError, parse_json
+from ..records.files import read_regular
 
 __all__ = ["Columns", "Prompt", "PromptSet", "read_prompts"]
+
+LARGEST = 1 << 30
+"""Bytes that a list of text may have: it is held in memory, several times as large."""
 
 COLUMNS = ("prompt", "caption", "text")
 """Names under which the prompt column is found when none is given, whatever their case."""
@@ -189,7 +193,9 @@ def _read(path: Path, columns: Columns | None) -> tuple[_Table, list[str]]:
     try:
         return reader(path, columns)
     except OSError as e:
-        raise UsageError(f"prompt file {path} cannot be read ({e.strerror or e}).") from e
+        raise UsageError(
+            f"prompt file {path} cannot be read ({e.strerror or e}); correct its path, or split a list that is too large."
+        ) from e
 
 
 def _names_in(folder: Path) -> list[str]:
@@ -201,7 +207,7 @@ def _names_in(folder: Path) -> list[str]:
 
 def _text(path: Path) -> str:
     """The text of a file. UTF-8, or what its byte-order mark says; nothing is guessed."""
-    data = path.read_bytes()
+    data = read_regular(path, LARGEST)
     encoding = next((name for mark, name in MARKS.items() if data.startswith(mark)), "utf-8")
     try:
         text = data.decode(encoding)

@@ -176,6 +176,7 @@ def serve(
             pass
         except SystemExit as end:
             code = end.code
+        interrupts.ignore()
         if endpoint.worker.alive:
             output.end_process(code or 0)
         raise typer.Exit(code or 0)

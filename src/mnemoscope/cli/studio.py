@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import signal
 import threading
 from importlib.util import find_spec
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .. import bounds
+from .. import bounds, interrupts
 from ..bounds import GUIDANCE, SEEDS, STEPS
 from ..errors import UsageError
 from . import output, places, screen
@@ -106,7 +105,8 @@ def studio(
             with output.without_prompts():
                 serve(app, listening, lifespan="on", leaving=lambda: end_soon(doors))
         except KeyboardInterrupt:
-            signal.signal(signal.SIGINT, signal.SIG_IGN)  # it ends already, and a third one would only be a traceback
+            pass
+        interrupts.ignore()
         raise typer.Exit(0)
 
 

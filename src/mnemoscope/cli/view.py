@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from .. import bounds
+from .. import bounds, interrupts
 from ..errors import UsageError
 from . import places, screen
 from .pairs import number_option
@@ -55,6 +55,7 @@ def view(
         try:
             serve(app, listening)
         except KeyboardInterrupt:
+            interrupts.ignore()
             raise typer.Exit(0) from None
 
 

@@ -24,11 +24,11 @@ import torch
 import transformers
 from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin
 from diffusers.utils import logging as diffusers_logging
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..errors import CannotAudit
+from ..errors import CannotAudit, MnemoscopeError, ModelFault
 from ..parsing import parse_json
 from ..records.files import read_regular
 
@@ -90,21 +90,31 @@ _PROVENANCE = ("base_model_name_or_path", "revision")
 _RENAMED = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
 """What early versions of diffusers called parts of an attention layer, and what they are loaded as."""
 
-_OPENING = (
-    OSError, ValueError, RuntimeError, LookupError, ArithmeticError, TypeError, AttributeError, AssertionError, ImportError,
-    MemoryError, SafetensorError,
-)  # fmt: skip
-
 
 @contextmanager
 def opening(name: str) -> Iterator[None]:
-    """Turns what diffusers raises on a damaged or foreign model into a sentence; the cause stays attached."""
+    """Turns whatever libraries raise on a damaged or foreign model into a sentence; the cause stays attached."""
     try:
         yield
+    except MnemoscopeError:
+        raise
     except BaseException as e:
-        if not (isinstance(e, _OPENING) or is_panic(e)):
+        if not (isinstance(e, Exception) or is_panic(e)):
             raise
         raise CannotAudit(f"{name} could not be opened: {first_line(e)}") from e
+
+
+@contextmanager
+def computing(name: str) -> Iterator[None]:
+    """Turns what a network raises into a sentence: some settings do not fit what it computes, and libraries look at them only then."""
+    try:
+        yield
+    except (MnemoscopeError, torch.OutOfMemoryError, MemoryError):
+        raise
+    except Exception as e:
+        raise ModelFault(
+            f"{name} cannot be computed with ({type(e).__name__}: {first_line(e)}); if its files are damaged, download or copy it again."
+        ) from e
 
 
 def is_panic(e: BaseException) -> bool:
@@ -113,8 +123,9 @@ def is_panic(e: BaseException) -> bool:
 
 
 def first_line(e: BaseException) -> str:
-    """The first line of an error that says anything."""
-    return next((line.strip() for line in str(e).splitlines() if line.strip()), type(e).__name__)
+    """The first line of an error that says anything, with the next one where it ends in a colon."""
+    first, *others = [line.strip() for line in str(e).splitlines() if line.strip()] or [type(e).__name__]
+    return f"{first} {others[0]}" if first.endswith(":") and others else first
 
 
 # Documents ----------------------------------------------------------------------------------------------------------------

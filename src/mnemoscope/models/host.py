@@ -21,6 +21,7 @@ from ..errors import CannotAudit, UnknownName, UsageError
 from ..types import Latents, Space, precise
 from . import identity
 from .base import Condition, Piece, noise_from_seeds
+from .folders import computing
 
 DETERMINISTIC = frozenset(
     {
@@ -501,13 +502,15 @@ class DiffusersTarget(ABC):
 
     def _encode(self, pixels: Tensor) -> Tensor:
         """Latents of pixels in [-1, 1]: a KL autoencoder's mean, or a VQ one's latent before quantization."""
-        z = self.vae.encode(pixels)
+        with computing(self.name):
+            z = self.vae.encode(pixels)
         mean = z.latent_dist.mean if hasattr(z, "latent_dist") else z.latents
         return (mean - self._picture_shift) * self.vae.config.scaling_factor
 
     def _decode(self, z: Tensor) -> Tensor:
         """Pixels in [-1, 1], a little beyond at times."""
-        return self.vae.decode(z / self.vae.config.scaling_factor + self._picture_shift, return_dict=False)[0]
+        with computing(self.name):
+            return self.vae.decode(z / self.vae.config.scaling_factor + self._picture_shift, return_dict=False)[0]
 
     def __repr__(self) -> str:
         c, h, w = self.latent_shape

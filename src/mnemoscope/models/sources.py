@@ -163,9 +163,7 @@ def open_pipeline(path: Path, variant: str | None, hub: Mapping[str, Any]) -> tu
     if "requires_safety_checker" in parameters:
         skip["requires_safety_checker"] = False
     # A pipeline that was saved without a part says so with null, which diffusers wants to be told again.
-    absent = {
-        k: None for k, spec in _index(path).items() if isinstance(spec, list) and spec[0] is None and k in parameters
-    }
+    absent = {k: None for k, spec in _index(path).items() if spec == [None, None] and k in parameters}
     options = {**absent, **skip, **hub}
     known = _component_files(path, variant, options)
     with quiet(), opening(str(path)):

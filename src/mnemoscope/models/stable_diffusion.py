@@ -22,6 +22,7 @@ from ..types import Latents
 from . import identity, spelling
 from .attention import EndAttention, TokenAttention, end_token_attention, scaled_attention, token_attention
 from .base import ATTENTION, Condition, Piece
+from .folders import computing
 from .host import DiffusersTarget, Origin
 
 TEXT_BATCH = 64
@@ -133,7 +134,8 @@ class StableDiffusion(DiffusersTarget):
         mask = None
         if getattr(self.text_encoder.config, "use_attention_mask", False):
             mask = (ids != self.tokenizer.pad_token_id).long().to(self.device)
-        return self.text_encoder(ids.to(self.device), attention_mask=mask)[0].to(self.dtype)
+        with computing(self.name):
+            return self.text_encoder(ids.to(self.device), attention_mask=mask)[0].to(self.dtype)
 
     def encode(self, prompts: list[str]) -> Condition:
         """Encode prompts, ``tokens [batch, 77, dim]``; the empty string gives the null condition, bit for bit.
@@ -248,7 +250,10 @@ class StableDiffusion(DiffusersTarget):
         self.forwards += len(x)
         seen, tokens = self._here(x, cond.tokens)
         change = cond.extra.get(ATTENTION)
-        with nullcontext() if change is None else scaled_attention(self.unet, *self._here(change)):
+        with (
+            nullcontext() if change is None else scaled_attention(self.unet, *self._here(change)),
+            computing(self.name),
+        ):
             return self.unet(seen, t, encoder_hidden_states=tokens, return_dict=False)[0]
 
     def token_attention(self) -> AbstractContextManager[TokenAttention]:

@@ -28,6 +28,7 @@ from ..errors import CannotAudit, UsageError
 from ..types import Latents, Space
 from . import identity, spelling
 from .base import Condition, Piece
+from .folders import computing
 from .host import DiffusersTarget, Flow, FlowSchedule, Origin
 from .stable_diffusion import TEXT_BATCH
 
@@ -203,7 +204,7 @@ class StableDiffusion3(DiffusersTarget):
     @torch.no_grad()
     def _embed(self, texts: list[str]) -> Condition:
         """By the pipeline's own method."""
-        with _unremarked(self._encode_prompt):
+        with _unremarked(self._encode_prompt), computing(self.name):
             tokens, _, pooled, _ = self._encode_prompt(
                 texts, None, None, device=self.device, do_classifier_free_guidance=False, max_sequence_length=T5_LENGTH
             )
@@ -257,13 +258,14 @@ class StableDiffusion3(DiffusersTarget):
             raise UsageError(f"{self.name} needs a condition; use encode(['']) for the empty prompt.")
         self.forwards += len(x)
         seen, tokens, pooled = self._here(x, cond.tokens, cond.extra[POOLED])
-        return self.unet(
-            hidden_states=seen,
-            timestep=t.to(seen.device).expand(len(seen)),
-            encoder_hidden_states=tokens,
-            pooled_projections=pooled,
-            return_dict=False,
-        )[0]
+        with computing(self.name):
+            return self.unet(
+                hidden_states=seen,
+                timestep=t.to(seen.device).expand(len(seen)),
+                encoder_hidden_states=tokens,
+                pooled_projections=pooled,
+                return_dict=False,
+            )[0]
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from torch import Tensor
 from ..errors import CannotAudit
 from ..types import Latents
 from .base import Condition, Piece
+from .folders import computing
 from .host import DiffusersTarget, Origin
 
 
@@ -86,7 +87,8 @@ class Unconditional(DiffusersTarget):
             self._no_text()
         self.forwards += len(x)
         (seen,) = self._here(x)
-        out = self.unet(seen, t, return_dict=False)[0]
+        with computing(self.name):
+            out = self.unet(seen, t, return_dict=False)[0]
         # Models that learn their variance predict it in a second half of the channels.
         return out[:, : x.shape[1]]
 
