@@ -136,6 +136,7 @@ BOMB = "a: &a [x,x,x,x,x,x,x,x,x,x]\n" + "".join(
         ("[" * 100_000, "not YAML"),
         ("? [a]\n: b", "a key that is no name"),
         ("a: 1\n---\nb: 2", "line 2 is not YAML"),
+        ("a: b\udcfc", "half a character"),
         ("seeds: [", "is not YAML"),
         (b"\xff\xfe\xfa", "no UTF-8"),
         ("x" * (2 << 20), "the limit is"),

@@ -264,6 +264,8 @@ def parse_yaml(data: bytes | str) -> Any:
         raise ParseError(where + (e.problem or e.context or "it cannot be read")) from None
     except yaml.YAMLError as e:
         raise ParseError(f"it is not YAML: {str(e).splitlines()[0]}") from None
+    except UnicodeEncodeError:
+        raise ParseError("a text holds half a character (a lone surrogate)") from None
     except RecursionError:
         raise ParseError(f"its parts lie more than {DEEPEST} deep in each other") from None
 

@@ -74,7 +74,8 @@ def test_measured_pictures_are_reported_alone(run, tmp_path, pictures):
     assert re.fullmatch(
         r"mnemoscope: .*measure\.json cannot be read .*; restore it, or delete it, and repeat the command\.\n", err
     )
-    code, _, err = run("report", pictures, "--levels", tmp_path / "a")
+    (tmp_path / "levels.json").write_text("{}")
+    code, _, err = run("report", pictures, "--levels", tmp_path / "levels.json")
     assert code == 2
     assert "--levels are scores of measured pictures" in err
 

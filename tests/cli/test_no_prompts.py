@@ -153,5 +153,5 @@ def test_studio_prints_nothing_that_is_sent(tmp_path: Path) -> None:
         assert status(posted(place, f"/{MARKER}?q={MARKER}", b"{}")) == 404
         posted(place, join, BROKEN[0], wait=False)
     said = prints(tmp_path)
-    assert "an error that a library printed" in said
-    assert not re.search(f"{MARKER}|{KEY}", said, re.IGNORECASE)
+    assert not re.search(f"{MARKER}|{KEY}", said, re.IGNORECASE), said
+    assert "Loading demo" in said

@@ -93,7 +93,9 @@ def outside(bound: Bound) -> list[str]:
 @pytest.fixture
 def closed(monkeypatch, tmp_path):
     """A folder in which nothing may be written, and no model, index or socket that could be opened."""
+    import mnemoscope.demo.run
     import mnemoscope.models.load
+    import mnemoscope.train.trainee  # who imports `load` by name must have done so before it is replaced
     from mnemoscope.models import sources
 
     def refuse(*args: object, **more: object) -> None:

@@ -73,7 +73,11 @@ def places() -> Iterator[tuple[str, str, list[str], typing.Any]]:
                 if is_argument:
                     words[arguments : arguments + 1] = ["PLACE"]
                 else:
-                    named = [d for d in facts[0].param_decls or () if d.startswith("--")]
+                    given = (
+                        facts[0].default,
+                        *(facts[0].param_decls or ()),
+                    )  # typer takes the first one for the default
+                    named = [d for d in given if isinstance(d, str) and d.startswith("--")]
                     words += [named[0] if named else f"--{parameter.replace('_', '-')}", "PLACE"]
                 yield name, parameter, words, facts[0]
             arguments += is_argument
@@ -271,7 +275,7 @@ def test_a_broken_document_is_refused_before_a_model_is_opened(run, tmp_path, mo
     def refuse(*args: object, **more: object) -> None:
         raise AssertionError("a model was opened")
 
-    for place, name in (("models.load", "load"), ("models.load", "open_pipeline"), ("train.prepare", "open_trainee")):
+    for place, name in (("train.prepare", "open_trainee"), ("models.load", "load"), ("models.load", "open_pipeline")):
         monkeypatch.setattr(f"mnemoscope.{place}.{name}", refuse)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "prompts.txt").write_text("a red apple\n")

@@ -92,7 +92,7 @@ def test_the_empty_prompt_has_no_words(run):
         (["--at", "first"], "write 0, 0-9 or 0,10,49"),
         (["--at", "9-0"], "empty range"),
         (["--at", "50"], "0 to 49"),
-        (["--seeds", "0"], "at least one seed"),
+        (["--seeds", "0"], "must be a whole number from 1"),
         (["--suggest"], "needs a threshold"),
         (["--regions", "x.webp", "--kind", "scor"], "Did you mean 'score'?"),
         (["--model-option", "revision"], "write name=value"),

@@ -174,7 +174,7 @@ def test_latents_in_a_file_are_those_in_memory(settings, train, tmp_path):
 
 def test_a_loss_that_is_not_finite_is_said(settings, train):
     with pytest.raises(ModelFault, match="smaller lr"):
-        train(settings(lr=1e30))
+        train(settings(lr=1e9))
 
 
 def test_faults_of_the_data(settings, train, repeated, tmp_path):

@@ -295,7 +295,7 @@ def test_a_connection_that_cannot_be_taken_is_one_line(caplog):
     loop = asyncio.new_event_loop()
     connections._report(loop, {"message": "no", "exception": OSError(errno.EMFILE, "Too many open files")})
     assert [record.getMessage() for record in caplog.records] == ["a connection failed: Too many open files"]
-    connections._report(loop, {"message": "a fault of ours", "exception": ValueError()})
+    connections._report(loop, {"message": "a fault of ours", "exception": ValueError("x")})
     loop.close()
     assert caplog.records[1].getMessage() == "a fault of ours"
-    assert caplog.records[1].exc_info
+    assert caplog.records[1].levelname == "ERROR"

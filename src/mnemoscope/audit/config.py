@@ -17,8 +17,7 @@ from ..errors import UnknownName, UsageError
 from ..parsing import LARGEST_YAML, ParseError, parse_yaml
 from ..plugins import document_options, options_of
 from ..records.documents import require_reachable
-from ..records.files import read_regular
-from ..records.places import require_place_for_folder, require_readable, require_utf8
+from ..records.places import read_named, require_place_for_folder, require_readable, require_utf8
 from ..records.store import digest, short
 from .prompts import Columns, Prompt, PromptSet, read_prompts
 
@@ -290,7 +289,7 @@ class AuditConfig(_Settings):
             UsageError: it cannot be read, or it names what a document must not choose; the message says how to choose it oneself.
         """
         try:
-            content = parse_yaml(read_regular(path, LARGEST_YAML)) or {}
+            content = parse_yaml(read_named(path, LARGEST_YAML)) or {}
         except OSError as e:
             raise UsageError(f"config file {path} cannot be read ({e.strerror or e}); name a YAML file.") from None
         except ParseError as e:

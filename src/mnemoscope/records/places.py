@@ -15,10 +15,10 @@ from typing import Any, Literal, TypeAlias
 
 from ..errors import UsageError
 from .files import spelled
-from .store import short
 
 __all__ = [
     "Kind",
+    "read_named",
     "require_name",
     "require_place_for_file",
     "require_place_for_folder",
@@ -72,6 +72,21 @@ def require_readable(path: str | Path, kind: Kind = "file or folder") -> None:
         raise UsageError(f"{_shown(path)} is a pipe or a device; name another {kind}.")
     if not _may(path, os.X_OK if is_folder else os.R_OK):
         raise UsageError(f"{_shown(path)} cannot be read ({os.strerror(errno.EACCES)}); name another {kind}.")
+
+
+def read_named(path: str | Path, limit: int) -> bytes:
+    """The bytes of a file that a reader names, or of a stream that the process was started with.
+
+    Raises:
+        UsageError: as for :func:`require_readable`.
+        OSError: there is none, or it has more bytes than ``limit``; no more than that are read.
+    """
+    require_readable(path, "file")
+    with open(path, "rb") as file:
+        data = file.read(limit + 1)
+    if len(data) > limit:
+        raise OSError(errno.EFBIG, f"it has more than {limit:,} bytes", os.fspath(path))
+    return data
 
 
 def require_place_for_folder(path: str | Path) -> None:
@@ -220,4 +235,6 @@ def _may(path: str | Path, how: int) -> bool:
 
 
 def _shown(path: str | Path) -> str:
-    return short(os.fspath(path), LONGEST_SHOWN)
+    """A path as sentences have it: of a long one its end, which tells it from others."""
+    text = os.fspath(path)
+    return text if len(text) <= LONGEST_SHOWN else f"…{text[-LONGEST_SHOWN + 1 :]}"

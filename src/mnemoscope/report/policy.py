@@ -25,7 +25,7 @@ from .. import stats
 from ..bounds import AMOUNT, BOUNDED_SHARE, SIZE
 from ..errors import UnknownName, UsageError
 from ..parsing import LARGEST_YAML, ParseError, parse_yaml
-from ..records.files import read_regular
+from ..records.places import read_named
 from ..records.store import short
 from .words import Number, prompts
 
@@ -221,7 +221,7 @@ class Policy(_Section):
             UsageError: it cannot be read, or is no policy.
         """
         try:
-            content = parse_yaml(read_regular(path, LARGEST_YAML))
+            content = parse_yaml(read_named(path, LARGEST_YAML))
         except OSError as e:
             raise UsageError(f"policy {path} cannot be read ({e.strerror or e}); name a YAML file.") from None
         except ParseError as e:

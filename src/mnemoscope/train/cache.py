@@ -77,7 +77,7 @@ def encode_pictures(
     record = file.with_suffix(".key")
     with explained(file.parent):
         file.parent.mkdir(parents=True, exist_ok=True)
-    with locked(file.with_name(f".lock-{file.stem}"), wait=-1):  # of several processes the first one encodes
+    with locked(file.with_name(f".lock-{file.stem}"), wait=-1.0):  # of several processes the first one encodes
         size = 4 * math.prod(shape)
         if not _holds(file, record, key, size):
             record.unlink(missing_ok=True)
