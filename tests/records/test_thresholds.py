@@ -65,7 +65,7 @@ WRONG: list[tuple[str, Any, str]] = [
     ("setting", {"guidance": "high"}, "setting.guidance is 'high'"),
     ("setting", {"method": 4}, "setting.method is 4"),
     ("setting", {"target": {"resolution": [10**9, 64]}}, "setting.target.resolution is [1000000000, 64]"),
-    ("setting", {"target": {"resolution": 64}}, "setting.target.resolution is 64"),
+    ("setting", {"target": {"resolution": "64"}}, "setting.target.resolution is '64'"),
     ("format", 2, "it has format 2, not 1"),
     ("treshold", 1.0, "treshold"),
 ]

@@ -157,6 +157,7 @@ def serve(
         from ..web.app import serve as answer
 
         app = gated(endpoint, host, key)
+        interrupts.end_loading()
         code: Any = 0
         try:
             screen.show(address(host, listening.getsockname()[1]))

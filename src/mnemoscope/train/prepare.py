@@ -256,7 +256,7 @@ def _deduped(config: TrainConfig, found: TrainingSet, folder: Path, say: Say) ->
     if config.dedupe == "off":
         return found, None
     path = folder / "duplicates.json"
-    with locked(folder / ".lock-duplicates", wait=-1):  # of several processes the first one looks
+    with locked(folder / ".lock-duplicates", wait=-1.0):  # of several processes the first one looks
         known = read_repeats(path, found)
         if known is None:
             say(f"Looking for near-duplicates among {len(found):,} pictures …")
