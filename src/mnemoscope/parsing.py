@@ -22,7 +22,16 @@ from typing import TYPE_CHECKING, Any, NoReturn, Protocol, runtime_checkable
 if TYPE_CHECKING:
     import yaml
 
-__all__ = ["DEEPEST", "LONGEST_LINE", "ParseError", "json_lines", "parse_json", "parse_yaml", "through_json"]
+__all__ = [
+    "DEEPEST",
+    "LONGEST_LINE",
+    "ParseError",
+    "json_lines",
+    "lines_of",
+    "parse_json",
+    "parse_yaml",
+    "through_json",
+]
 
 DEEPEST = 64
 """How deep the parts of a document may lie in each other."""
@@ -84,6 +93,14 @@ def parse_json(data: bytes | str, *, lenient: bool = False) -> Any:
     return value
 
 
+def lines_of(file: LineFile) -> Iterator[bytes]:
+    """The lines of a file with their line feeds, one in memory at a time. One of more than :data:`LONGEST_LINE` bytes comes in pieces,
+    the first of which is longer than that by one byte.
+    """
+    while line := file.readline(LONGEST_LINE + 1):
+        yield line
+
+
 def json_lines(file: LineFile) -> Iterator[tuple[int, Any]]:
     """The values of a file of JSON lines, with the numbers of their lines, one in memory at a time; empty lines are none.
 
@@ -92,9 +109,7 @@ def json_lines(file: LineFile) -> Iterator[tuple[int, Any]]:
     Raises:
         ParseError: a line is too long, or no JSON; the message names it.
     """
-    number = 0
-    while raw := file.readline(LONGEST_LINE + 1):
-        number += 1
+    for number, raw in enumerate(lines_of(file), 1):
         if len(raw) > LONGEST_LINE:
             raise ParseError(f"line {number} has more than {LONGEST_LINE:,} bytes")
         if raw.strip():

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import pytest
 from synthetic_run import STEPS, make_run
 
+from mnemoscope import stats
 from mnemoscope.records.schema import Row
 from mnemoscope.records.store import sample_id
 from mnemoscope.report.archive import SUMS, Archive, sha256_of, write_sums
@@ -51,6 +54,14 @@ def make_stated_run(folder: Path, **changes: Any) -> Path:
     }  # fmt: skip
     (folder / "thresholds.json").write_text(json.dumps(thresholds))
     return folder
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_resamples() -> Iterator[None]:
+    """A thousand draws per interval would be most of the time of these tests, and none of their point."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stats, "separation", functools.partial(stats.separation, resamples=10))
+        yield
 
 
 def nothing(contents: dict[str, bytes]) -> None:

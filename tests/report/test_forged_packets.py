@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import base64
-import functools
 import io
 import json
 import re
 import shutil
 import struct
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from forging import Change, forge, make_stated_run, member, nothing, of_json, of_row, rewrite
+from forging import Change, few_resamples, forge, make_stated_run, member, nothing, of_json, of_row, rewrite  # noqa: F401 (a fixture)
 from measured_folder import reproduced
 from measured_folder import write as write_measures
 from PIL import Image
@@ -30,14 +29,6 @@ from mnemoscope.report.packet import READ_ME, pack
 from mnemoscope.report.verify import sound_packet, verify
 
 Edit = Callable[[dict[str, Any]], Any]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def few_resamples() -> Iterator[None]:
-    """A thousand draws per interval would be most of the time of these tests, and none of their point."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stats, "separation", functools.partial(stats.separation, resamples=10))
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import functools
 import json
 import math
 import os
@@ -13,12 +12,12 @@ import subprocess
 import sys
 import time
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from forging import Change, member, of_json, of_row, rewrite
+from forging import Change, few_resamples, member, of_json, of_row, rewrite  # noqa: F401 (a fixture)
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from measured_folder import censored, reproduced
@@ -40,14 +39,6 @@ from mnemoscope.report.verify import Verified, check_sums, sound_packet, verify
 
 SETTING = {"world": 1}
 """What the ids of the synthetic run are hashes of."""
-
-
-@pytest.fixture(scope="module", autouse=True)
-def few_resamples() -> Iterator[None]:
-    """A thousand draws per interval would be most of the time of these tests, and none of their point."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stats, "separation", functools.partial(stats.separation, resamples=10))
-        yield
 
 
 @pytest.fixture(scope="module")

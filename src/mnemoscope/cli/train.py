@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,7 +12,7 @@ import typer
 
 from ..bounds import AMOUNT, COUNT, FACTOR, POSITIVE, RATE, REST, SEED, SIDE, SIMILARITY, SIZE
 from ..errors import UsageError
-from ..parsing import json_lines
+from ..parsing import json_lines, lines_of
 from ..records.files import open_regular
 from . import places, screen
 from .pairs import model_options, number_option
@@ -213,12 +214,13 @@ def _show(trained: Trained, settings: TrainConfig, *, as_json: bool) -> None:
 
 def _show_problems(path: Path) -> None:
     with open_regular(path) as file:
-        problems = [problem for _, problem in json_lines(file)]
+        problems = [problem for _, problem in islice(json_lines(file), SHOWN)]
+        more = sum(1 for _ in lines_of(file))
     if not problems:
         return
-    screen.table(["left out", "reason"], [[p["id"], p["reason"]] for p in problems[:SHOWN]])
-    if len(problems) > SHOWN:
-        screen.show(f"… and {len(problems) - SHOWN} more in {path}")
+    screen.table(["left out", "reason"], [[p["id"], p["reason"]] for p in problems])
+    if more:
+        screen.show(f"… and {more} more in {path}")
     screen.show()
 
 

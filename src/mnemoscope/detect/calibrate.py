@@ -24,7 +24,7 @@ from numpy import ndarray
 from .. import redaction, stats
 from ..errors import UsageError
 from ..models.identity import PROVENANCE, plain
-from ..parsing import LONGEST_LINE, parse_json
+from ..parsing import LONGEST_LINE, lines_of, parse_json
 from ..records.documents import LARGEST
 from ..records.files import open_regular, read_inside, read_regular
 from ..records.schema import Thresholds
@@ -323,9 +323,7 @@ def _log_lines(path: Path) -> Iterator[tuple[int, bytes]]:
     """Lines that are finished, with their numbers; one is in memory at a time, and no more of it than a line of a guard can have."""
     try:
         with open_regular(path) as file:
-            number = 0
-            while line := file.readline(LONGEST_LINE + 1):
-                number += 1
+            for number, line in enumerate(lines_of(file), 1):
                 if len(line) > LONGEST_LINE:
                     raise UsageError(f"{path}, line {number} has more than {LONGEST_LINE:,} bytes; leave it out.")
                 if line.endswith(b"\n"):

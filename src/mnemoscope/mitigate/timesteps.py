@@ -149,7 +149,7 @@ class TimestepThresholds:
             ) from None
         except ValidationError as e:
             raise UsageError(f"{path} holds no thresholds for timesteps ({first_error(e)}); fit them again.") from None
-        except (ValueError, RecursionError) as e:
+        except ValueError as e:
             raise UsageError(f"{path} holds no thresholds for timesteps ({e}); fit them again.") from None
 
     def save(self, path: str | Path) -> Path:

@@ -185,8 +185,17 @@ def hash_file(path: Path) -> str:
     Raises:
         OSError: as for :func:`open_regular`.
     """
+    return _hash_file(path.resolve(), stamp_of(path))
+
+
+def stamp_of(path: Path) -> tuple[int, ...]:
+    """Device, inode, size, and the times of the last change of content and of status: another one means another file or content.
+
+    Raises:
+        OSError: there is no such file.
+    """
     facts = path.stat()
-    return _hash_file(path.resolve(), (facts.st_dev, facts.st_ino, facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns))
+    return facts.st_dev, facts.st_ino, facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns
 
 
 @lru_cache(maxsize=1024)

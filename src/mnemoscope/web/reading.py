@@ -24,7 +24,7 @@ from typing import BinaryIO
 from pydantic import ValidationError
 
 from ..errors import MnemoscopeError, RunError, UnknownName, UsageError
-from ..parsing import LONGEST_LINE, ParseError, parse_json
+from ..parsing import ParseError, lines_of, parse_json
 from ..records.files import open_inside
 from ..records.schema import Manifest, Nearest, Row, Score, Thresholds
 from ..records.store import Run, digest, row_files
@@ -313,7 +313,7 @@ class _Tail:
     def _read(self, file: BinaryIO) -> Iterator[tuple[Row, int, int]]:
         """Rows from where ``file`` stands, which is the end of the last one."""
         damaged = b""
-        for raw in iter(lambda: file.readline(LONGEST_LINE + 1), b""):
+        for raw in lines_of(file):
             if not raw.endswith(b"\n"):
                 return
             if damaged:
